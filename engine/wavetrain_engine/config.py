@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's configuration: one frozen tree, from engine.toml and command-line flags.
+
+Defaults exist here and nowhere else. What is found out at load goes into EngineFacts, never here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wavetrain_engine.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+def _option(default: Any, help_text: str, *, low: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "low": low, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """Which checkpoint, and how it is held."""
+
+    model: str = _option("", "checkpoint directory (Hugging Face layout, safetensors)")
+    dtype: str = _option("auto", "dtype of weights and activations; auto: the checkpoint's", choices=_DTYPES)
+    device: str = _option("auto", "where the model runs; auto: cuda where there is one", choices=_DEVICES)
+    max_model_len: int | None = _option(None, "prompt and output tokens of a request; default: the model's own", low=1)
+    skip_tokenizer_init: bool = _option(False, "serve token ids only, from a checkpoint without a tokenizer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSection:
+    """The paged KV cache."""
+
+    block_size: int = _option(16, "tokens per KV-cache block", low=1)
+    kv_cache_memory: int | None = _option(None, "bytes of KV cache; default: from the memory there is", low=1)
+    gpu_memory_utilization: float = _option(0.9, "share of device memory to use, weights included", low=0.01)
+    num_blocks: int | None = _option(None, "KV-cache blocks, instead of a size in bytes", low=1)
+    enable_prefix_caching: bool = _option(True, "reuse blocks of equal prompt prefixes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSection:
+    """What runs together."""
+
+    max_num_seqs: int = _option(256, "requests in one step at most", low=1)
+    max_num_batched_tokens: int = _option(2048, "tokens in one step at most; longer prompts are chunked", low=1)
+    max_queue_size: int = _option(4096, "waiting requests at most; further ones are refused as busy", low=0)
+    long_prefill_token_threshold: int = _option(
+        0, "tokens of one prompt per step at most; 0: only max_num_batched_tokens bounds it", low=0
+    )
+    async_scheduling: bool = _option(False, "plan a step while the one before it runs")
+    static_batching: bool = _option(False, "admit requests only into an empty batch (for comparison benchmarks)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The whole tree. Build it with `from_mapping`, `load`, or keyword arguments by flag name (`from_flags`)."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    cache: CacheSection = field(default_factory=CacheSection)
+    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+
+    @classmethod
+    def load(cls, path: Path) -> EngineConfig:
+        """Reads engine.toml; a relative `model.model` is relative to the file's folder.
+
+        Raises:
+            ConfigError: no such file, not TOML, an unknown key (the nearest known one is named), a wrong
+                type, a value out of range.
+        """
+        try:
+            values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))  # pyright: ignore[reportUnknownMemberType]
+        except OSError as error:
+            raise ConfigError(f"cannot read {path.name}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path.name} is not valid TOML: {error}") from error
+        config = cls.from_mapping(values)
+        if config.model.model and not Path(config.model.model).is_absolute():
+            resolved = str((path.parent / config.model.model).resolve())
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=resolved))
+        return config
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Builds the tree from nested mappings: section to option to value. Raises ConfigError as `load`."""
+        known = {item.name: item.type for item in dataclasses.fields(cls)}
+        sections: dict[str, Any] = {}
+        for name, options in values.items():
+            if name not in known:
+                raise ConfigError(_unknown("section", name, known))
+            if not isinstance(options, Mapping):
+                raise ConfigError(f"{name}: expected a table, got {type(options).__name__}")
+            sections[name] = _build_section(SECTIONS[name], name, typing.cast("Mapping[str, Any]", options))
+        return cls(**sections)
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any], base: EngineConfig | None = None) -> EngineConfig:
+        """Builds the tree from flat option names (vLLM's, with underscores), over `base`.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        owners = {option: section for section, kind in SECTIONS.items() for option in _options(kind)}
+        values: dict[str, dict[str, Any]] = (base or cls()).to_mapping()
+        for name, value in flags.items():
+            if name not in owners:
+                raise ConfigError(_unknown("option", name, owners))
+            values[owners[name]][name] = value
+        return cls.from_mapping(values)
+
+    def to_mapping(self) -> dict[str, dict[str, Any]]:
+        """The inverse of `from_mapping`; options that are None are left out."""
+        return {
+            section: {k: v for k, v in dataclasses.asdict(getattr(self, section)).items() if v is not None}
+            for section in SECTIONS
+        }
+
+    def to_toml(self) -> str:
+        """The tree as the text of an engine.toml that `load` reads back."""
+        lines: list[str] = []
+        for section, options in self.to_mapping().items():
+            lines += [f"[{section}]", *(f"{name} = {_toml_value(value)}" for name, value in options.items()), ""]
+        return "\n".join(lines)
+
+
+SECTIONS: dict[str, type] = {"model": ModelSection, "cache": CacheSection, "scheduler": SchedulerSection}
+
+
+def engine_options() -> dict[str, dataclasses.Field[Any]]:
+    """Every option by name, with `metadata` help, low and choices: what command lines are made from."""
+    return {name: option for kind in SECTIONS.values() for name, option in _options(kind).items()}
+
+
+def option_type(name: str) -> type:
+    """The plain type (int, float, bool, str) of an option, without its `| None`."""
+    kind = next(kind for kind in SECTIONS.values() if name in _options(kind))
+    return _plain_type(typing.get_type_hints(kind)[name])[0]
+
+
+def _options(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    return {item.name: item for item in dataclasses.fields(kind)}
+
+
+def _build_section(kind: type, section: str, values: Mapping[str, Any]) -> Any:
+    options, hints = _options(kind), typing.get_type_hints(kind)
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in options:
+            raise ConfigError(_unknown("key", name, options, prefix=f"{section}."))
+        checked[name] = _check(f"{section}.{name}", value, hints[name], options[name].metadata)
+    return kind(**checked)
+
+
+def _check(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    kind, is_optional = _plain_type(hint)
+    if value is None and is_optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path}: expected {kind.__name__}, got {value!r}")
+    low, choices = metadata.get("low"), metadata.get("choices")
+    if low is not None and value < low:
+        raise ConfigError(f"{path}: expected {kind.__name__} >= {low:g}, got {value!r}")
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{path}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _plain_type(hint: Any) -> tuple[type, bool]:
+    if isinstance(hint, types.UnionType):
+        plain = [item for item in typing.get_args(hint) if item is not types.NoneType]
+        return plain[0], True
+    return hint, False
+
+
+def _unknown(what: str, name: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {prefix}{nearest[0]}?" if nearest else f"; known are {', '.join(sorted(known))}"
+    return f"unknown {what} {prefix}{name}{hint}"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""generation_config.json: a checkpoint's own sampling defaults and end-of-sequence tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.sampling_params import SamplingParams
+
+
+class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What generation_config.json (or, without it, config.json) says; None where it is silent.
+
+    `do_sample: false`, Hugging Face's default, is honoured only through an explicit temperature of 0;
+    vLLM, whose defaults we follow, ignores it too.
+    """
+
+    eos_token_ids: list[int] = []
+    bos_token_id: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @classmethod
+    def load(cls, model_dir: Path) -> GenerationConfig:
+        """Reads generation_config.json, with config.json's token ids where it has none.
+
+        Raises:
+            CheckpointError: a file is there but is not a JSON object, or a value has a wrong type.
+        """
+        values = _read(model_dir / "config.json") | {
+            key: value for key, value in _read(model_dir / "generation_config.json").items() if value is not None
+        }
+        eos = values.get("eos_token_id")
+        eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        known = {name: values[name] for name in cls.__struct_fields__ if values.get(name) is not None}
+        try:
+            return msgspec.convert(known | {"eos_token_ids": eos_token_ids}, cls)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
+
+    def sampling_defaults(self) -> SamplingParams:
+        """Returns SamplingParams with this checkpoint's values where it gives some."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return SamplingParams.from_mapping(
+            {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object")
+    return cast("dict[str, Any]", values)
