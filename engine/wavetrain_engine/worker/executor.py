@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs plans on a model runner in this process, either at once or on one worker thread."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from wavetrain_engine.plan import StepPlan, StepResult
+from wavetrain_engine.worker.model_runner import ModelRunner
+
+
+class LocalExecutor:
+    """A plan.Executor over one ModelRunner.
+
+    With `is_async` a step runs on a thread of its own, so the scheduler plans the next one meanwhile
+    (torch releases the interpreter inside its operators); plans still run strictly in order.
+    """
+
+    def __init__(self, runner: ModelRunner, *, is_async: bool) -> None:
+        self._runner = runner
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wavetrain-worker") if is_async else None
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Starts a step; without a thread it is done on return. The future raises what the step raised."""
+        if self._thread is not None:
+            return self._thread.submit(self._runner.execute, plan)
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self._runner.execute(plan))
+        except Exception as error:  # handed to whoever asks for the result, as a thread pool does
+            future.set_exception(error)
+        return future
+
+    def shutdown(self) -> None:
+        """Waits for the step in flight and ends the thread. Idempotent."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the executor remembers of each request between steps: tokens and block tables, in persistent rows.
+
+A plan brings only differences (new requests, new blocks); the rows hold the rest, so building a step's
+inputs is a handful of numpy gathers whatever the number of tokens. Device-independent: integers only.
+
+Rows: B = requests of the step, T = tokens of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wavetrain_engine.plan import AdmittedRequest, ScheduledRequest
+from wavetrain_engine.sampling_params import SamplingParams
+
+# With one step in flight a finished request may still run one surplus token.
+_SURPLUS_TOKENS = 1
+
+
+@dataclass(slots=True)
+class RequestRow:
+    """One live request: where its row is, and what does not change from step to step.
+
+    Attributes:
+        first_own_block: index in its block table of the first block it writes itself; the blocks
+            before came from the prefix cache and may be shared.
+    """
+
+    row: int
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    first_own_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A step's inputs as host arrays.
+
+    Attributes:
+        rows: [B] row of each scheduled request.
+        token_ids, positions: [T] int64.
+        slot_mapping: [T] int64 KV slots the tokens are written to.
+        query_start_loc: [B + 1] int32 where each request's tokens start in [T].
+        seq_lens: [B] int32 context after this step.
+        block_tables: [B, longest] int32, padded with block 0.
+    """
+
+    rows: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slot_mapping: NDArray[np.int64]
+    query_start_loc: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+
+
+class InputBatch:
+    """Rows of the live requests. Rows are reused; a request keeps its row until it is removed."""
+
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self._block_size = block_size
+        max_tokens = max_model_len + _SURPLUS_TOKENS
+        max_blocks = -(-max_tokens // block_size)
+        # np.zeros maps pages on first touch, so long contexts cost memory only where they are used.
+        self._token_ids = np.zeros((max_num_seqs, max_tokens), dtype=np.int32)
+        self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._requests: dict[str, RequestRow] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def __getitem__(self, request_id: str) -> RequestRow:
+        return self._requests[request_id]
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: AdmittedRequest) -> RequestRow:
+        """Gives the request a row with its tokens and blocks."""
+        row = self._free_rows.pop()
+        num_tokens, num_blocks = len(request.token_ids), len(request.block_ids)
+        self._token_ids[row, :num_tokens] = request.token_ids
+        self._num_tokens[row] = num_tokens
+        self._block_tables[row, :num_blocks] = request.block_ids
+        self._num_blocks[row] = num_blocks
+        entry = RequestRow(
+            row=row,
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling_params=request.sampling_params,
+            first_own_block=request.num_computed_tokens // self._block_size,
+        )
+        self._requests[request.request_id] = entry
+        return entry
+
+    def remove(self, request_id: str) -> RequestRow | None:
+        """Frees the request's row. Returns what it was, or None for an unknown id."""
+        entry = self._requests.pop(request_id, None)
+        if entry is not None:
+            self._free_rows.append(entry.row)
+        return entry
+
+    def append_blocks(self, row: int, block_ids: list[int]) -> None:
+        """Adds blocks to the end of a row's block table."""
+        start = self._num_blocks[row]
+        self._block_tables[row, start : start + len(block_ids)] = block_ids
+        self._num_blocks[row] = start + len(block_ids)
+
+    def append_tokens(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Adds one sampled token to each of the (distinct) rows."""
+        positions = self._num_tokens[rows]
+        self._token_ids[rows, positions] = token_ids
+        self._num_tokens[rows] = positions + 1
+
+    def own_blocks(self, request_id: str) -> list[int]:
+        """The blocks only this request has written: all but those it took from the prefix cache."""
+        entry = self._requests[request_id]
+        return self._block_tables[entry.row, entry.first_own_block : self._num_blocks[entry.row]].tolist()
+
+    def prompt_targets(self, row: int, start: int, end: int) -> NDArray[np.int64]:
+        """Tokens start + 1 … end of a row: what positions [start, end) should predict."""
+        return self._token_ids[row, start + 1 : end + 1].astype(np.int64)
+
+    def inputs(self, scheduled: Iterable[ScheduledRequest]) -> StepInputs:
+        """Builds the step's inputs in the plan's order, after applying its new blocks."""
+        scheduled = list(scheduled)
+        rows = np.fromiter((self._requests[item.request_id].row for item in scheduled), np.int64, len(scheduled))
+        for row, item in zip(rows.tolist(), scheduled, strict=True):
+            if item.new_block_ids:
+                self.append_blocks(row, item.new_block_ids)
+        starts = np.fromiter((item.num_computed_tokens for item in scheduled), np.int64, len(scheduled))
+        counts = np.fromiter((item.num_scheduled_tokens for item in scheduled), np.int64, len(scheduled))
+        query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start_loc[1:])
+        num_tokens = int(query_start_loc[-1])
+        offsets = np.arange(num_tokens, dtype=np.int64) - np.repeat(query_start_loc[:-1].astype(np.int64), counts)
+        positions = np.repeat(starts, counts) + offsets
+        token_rows = np.repeat(rows, counts)
+        seq_lens = starts + counts
+        block_ids = self._block_tables[token_rows, positions // self._block_size].astype(np.int64)
+        num_table_blocks = -(-int(seq_lens.max(initial=1)) // self._block_size)
+        return StepInputs(
+            rows=rows,
+            token_ids=self._token_ids[token_rows, positions].astype(np.int64),
+            positions=positions,
+            slot_mapping=block_ids * self._block_size + positions % self._block_size,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens.astype(np.int32),
+            block_tables=self._padded_tables(rows, seq_lens, num_table_blocks),
+        )
+
+    def _padded_tables(
+        self, rows: NDArray[np.int64], seq_lens: NDArray[np.int64], num_table_blocks: int
+    ) -> NDArray[np.int32]:
+        # A reused row holds stale ids beyond its own blocks; block 0 is always a valid address.
+        tables = self._block_tables[rows, :num_table_blocks]
+        used = -(-seq_lens // self._block_size)
+        tables[np.arange(num_table_blocks) >= used[:, None]] = 0
+        return tables

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to a running executor: the one entry point of the worker side."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from wavetrain_engine.config import EngineConfig
+from wavetrain_engine.errors import CheckpointError, ConfigError
+from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.generation_config import GenerationConfig
+from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_engine.models.registry import create_model
+from wavetrain_engine.plan import Executor
+from wavetrain_engine.sampling.state import SamplingState
+from wavetrain_engine.version import VERSION
+from wavetrain_engine.weights.loader import load_weights
+from wavetrain_engine.worker.executor import LocalExecutor
+from wavetrain_engine.worker.input_batch import InputBatch
+from wavetrain_engine.worker.kv_cache import allocate_kv_caches, block_bytes
+from wavetrain_engine.worker.memory import num_kv_blocks
+from wavetrain_engine.worker.model_runner import ModelRunner
+from wavetrain_kernels.ops import kernel_set
+
+_LOG = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, total); phase `weights` counts bytes."""
+
+
+def load_executor(config: EngineConfig, *, progress: Progress | None = None) -> tuple[Executor, EngineFacts]:
+    """Loads the checkpoint that `config` names and makes it ready to execute plans.
+
+    Raises:
+        ConfigError: a flag does not fit the model or the machine.
+        CheckpointError: the checkpoint is missing, broken or not supported.
+    """
+    started = time.monotonic()
+    report = progress or (lambda _phase, _done, _total: None)
+    model_dir = _model_dir(config)
+    model_config = ModelConfig.load(model_dir)
+    generation = GenerationConfig.load(model_dir)
+    device, dtype = _device(config), _dtype(config, model_config)
+    model = create_model(model_config, dtype, device)
+    weight_bytes = load_weights(
+        model, model_dir, model_config, progress=lambda done, total: report("weights", done, total)
+    )
+    max_model_len = _max_model_len(config, model_config)
+    bytes_per_block = block_bytes(model_config, config.cache.block_size, dtype)
+    num_blocks = _num_blocks(config, max_model_len, bytes_per_block, device)
+    max_model_len = _fit_model_len(config, max_model_len, num_blocks)
+    facts = EngineFacts(
+        architecture=model_config.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        kernels=kernel_set(device),
+        vocab_size=model_config.vocab_size,
+        max_model_len=max_model_len,
+        block_size=config.cache.block_size,
+        num_blocks=num_blocks,
+        kv_cache_bytes=num_blocks * bytes_per_block,
+        weight_bytes=weight_bytes,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        generation=generation,
+        load_s=time.monotonic() - started,
+        version=VERSION,
+    )
+    runner = ModelRunner(
+        model=model,
+        kv_caches=allocate_kv_caches(model_config, num_blocks, config.cache.block_size, dtype, device),
+        batch=InputBatch(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+        ),
+        state=SamplingState(
+            max_num_seqs=config.scheduler.max_num_seqs, vocab_size=model_config.vocab_size, device=device
+        ),
+        eos_token_ids=generation.eos_token_ids,
+        device=device,
+    )
+    _log_facts(facts)
+    return LocalExecutor(runner, is_async=config.scheduler.async_scheduling), facts
+
+
+def _model_dir(config: EngineConfig) -> Path:
+    if not config.model.model:
+        raise ConfigError("no model is set; give a checkpoint directory")
+    model_dir = Path(config.model.model)
+    if not model_dir.is_dir():
+        raise CheckpointError(f"there is no checkpoint directory {model_dir.name!r}; give a Hugging Face model folder")
+    return model_dir
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no usable NVIDIA GPU was found; `wavetrain doctor` says why")
+    if config.model.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.model.device)
+
+
+def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
+    name = model_config.dtype if config.model.dtype == "auto" else config.model.dtype
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    own, asked = model_config.max_model_len, config.model.max_model_len
+    if asked is not None and asked > own:
+        raise ConfigError(f"--max-model-len {asked} is more than the model's own {own}; lower it")
+    return own if asked is None else asked
+
+
+def _num_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int, device: torch.device) -> int:
+    blocks_per_request = -(-max_model_len // config.cache.block_size)
+    return num_kv_blocks(
+        config.cache, bytes_per_block, blocks_per_request * config.scheduler.max_num_seqs, device
+    )
+
+
+def _fit_model_len(config: EngineConfig, max_model_len: int, num_blocks: int) -> int:
+    """A request of max_model_len must fit alone; without the flag, the length gives way to the memory."""
+    room = num_blocks * config.cache.block_size
+    if max_model_len <= room:
+        return max_model_len
+    if config.model.max_model_len is not None:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} needs {-(-max_model_len // config.cache.block_size)} KV-cache blocks, "
+            f"but there are {num_blocks}; lower it to {room} or raise --kv-cache-memory"
+        )
+    _LOG.warning("max_model_len lowered from %d to %d tokens, what the KV cache holds", max_model_len, room)
+    return room
+
+
+def _log_facts(facts: EngineFacts) -> None:
+    _LOG.info(
+        "%s, %s on %s, %s kernels, weights %.1f MiB, loaded in %.1f s",
+        facts.architecture, facts.dtype, facts.device, facts.kernels, facts.weight_bytes / 2**20, facts.load_s,
+    )
+    _LOG.info(
+        "KV cache: %d blocks of %d tokens (%.1f MiB): %d tokens, %.1f requests of %d tokens at once",
+        facts.num_blocks, facts.block_size, facts.kv_cache_bytes / 2**20,
+        facts.num_blocks * facts.block_size, facts.max_concurrency, facts.max_model_len,
+    )
