@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three environment variables Wavetrain listens to, read in this one place.
+
+Everything else is a flag or a key of engine.toml; a test looks for other readers.
+
+    WAVETRAIN_LOG_LEVEL   debug, info, warning or error   (debug also shows stack traces of user errors)
+    WAVETRAIN_CACHE_DIR   built repositories, logs, compiled kernels; default: wavetrain/ in the user's cache folder
+    WAVETRAIN_KERNELS     auto, gpu, cpu or reference
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from wavetrain_engine.errors import ConfigError
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_KERNELS = ("auto", "gpu", "cpu", "reference")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What the environment asks for. Values are checked once, here."""
+
+    log_level: str
+    cache_dir: Path
+    kernels: str
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
+        """Reads the process's environment, or `variables` in its place. Creates nothing.
+
+        Raises:
+            ConfigError: a variable holds none of its values.
+        """
+        values = os.environ if variables is None else variables
+        return cls(
+            log_level=_one_of(values, "WAVETRAIN_LOG_LEVEL", _LOG_LEVELS, "info"),
+            cache_dir=_cache_dir(values),
+            kernels=_one_of(values, "WAVETRAIN_KERNELS", _KERNELS, "auto"),
+        )
+
+
+def _one_of(values: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = values.get(name, "").strip().lower() or default
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {values[name]!r}")
+    return value
+
+
+def _cache_dir(values: Mapping[str, str]) -> Path:
+    if chosen := values.get("WAVETRAIN_CACHE_DIR"):
+        return Path(chosen).expanduser().absolute()
+    # The XDG specification says to ignore relative paths.
+    if (base := values.get("XDG_CACHE_HOME")) and Path(base).is_absolute():
+        return Path(base) / "wavetrain"
+    if home := values.get("HOME"):
+        return Path(home) / ".cache" / "wavetrain"
+    return Path(tempfile.gettempdir()) / f"wavetrain-{os.getuid()}"
