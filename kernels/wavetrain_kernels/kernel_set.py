@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface between the public functions and what computes them: a record of callables.
+
+Everything here writes into tensors that the caller allocated and checked; nothing here validates or allocates a
+result. A faster set for a device is `dataclasses.replace(REFERENCE, name=..., rms_norm=..., ...)`: it answers with its
+own functions where it has them and with the reference where it has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from wavetrain_kernels.attention_metadata import AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSet:
+    """One implementation of every operation. Argument lists are positional; outputs come first.
+
+    Attributes:
+        rms_norm: (out, x, weight, eps, weight_offset)
+        add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
+        rotary_embedding: (query_out, key_out, query, key, positions, cos_sin_cache)
+        silu_and_mul, gelu_tanh_and_mul: (out, x)
+        write_kv_cache: (key, value, key_cache, value_cache, slot_mapping)
+        paged_attention: (out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
+        linear: (x, weight, bias) -> out; the one that returns, as matrix libraries allocate their own result.
+    """
+
+    name: str
+    rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], None]
+    rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    silu_and_mul: Callable[[Tensor, Tensor], None]
+    gelu_tanh_and_mul: Callable[[Tensor, Tensor], None]
+    write_kv_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    paged_attention: Callable[
+        [Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None
+    ]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference functions as one kernel set."""
+
+from __future__ import annotations
+
+from wavetrain_kernels.kernel_set import KernelSet
+from wavetrain_kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
+from wavetrain_kernels.reference.attention import paged_attention
+from wavetrain_kernels.reference.kv_cache import write_kv_cache
+from wavetrain_kernels.reference.linear import linear
+from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
+from wavetrain_kernels.reference.rotary import rotary_embedding
+
+REFERENCE = KernelSet(
+    name="reference",
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rotary_embedding=rotary_embedding,
+    silu_and_mul=silu_and_mul,
+    gelu_tanh_and_mul=gelu_tanh_and_mul,
+    write_kv_cache=write_kv_cache,
+    paged_attention=paged_attention,
+    linear=linear,
+)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding, half-split."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_embedding(
+    query_out: Tensor, key_out: Tensor, query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor
+) -> None:
+    """Rotates the first 2 * cos_sin_cache.shape[2] dimensions of every head; the others are copied."""
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(2).unbind(1)  # each [T, 1, R/2]
+    _rotate(query_out, query, cos, sin)
+    _rotate(key_out, key, cos, sin)
+
+
+def _rotate(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    torch.sub(first * cos, second * sin, out=out[..., :half])
+    torch.add(second * cos, first * sin, out=out[..., half : 2 * half])
+    if x.shape[-1] > 2 * half:
+        out[..., 2 * half :] = x[..., 2 * half :]
