@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention over the paged KV cache, and what one layer's part of that cache is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wavetrain_kernels import ops
+from wavetrain_kernels.ops import AttentionMetadata
+
+# T = tokens of the step.
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """One layer's keys and values: two tensors [num_blocks, num_kv_heads, block_size, head_dim], written in place."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCacheSpec:
+    """What a model's KV cache is made of; every layer's part has the same shape."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Bytes that one block of `block_size` tokens takes in all layers together, keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * block_size * self.dtype.itemsize
+
+    def shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
+        """Shape of a layer's keys, and of its values."""
+        return (num_blocks, self.num_kv_heads, block_size, self.head_dim)
+
+
+class PagedAttention(nn.Module):
+    """Stores the step's keys and values, then lets every query see its request's context."""
+
+    def __init__(self, *, scale: float, sliding_window: int | None = None, soft_cap: float | None = None) -> None:
+        super().__init__()
+        self._scale = scale
+        self._sliding_window = sliding_window
+        self._soft_cap = soft_cap
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Takes query [T, Hq, D], key and value [T, Hkv, D]; returns the heads' outputs side by side [T, Hq * D]."""
+        ops.write_kv_cache(key, value, kv_cache.key, kv_cache.value, metadata.slot_mapping)
+        output = ops.paged_attention(
+            query,
+            kv_cache.key,
+            kv_cache.value,
+            metadata,
+            scale=self._scale,
+            sliding_window=self._sliding_window,
+            soft_cap=self._soft_cap,
+        )
+        return output.flatten(1)

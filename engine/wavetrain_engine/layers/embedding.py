@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token embeddings, and their use as the output projection where a model ties the two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wavetrain_engine.layers.parameter import empty_parameter
+from wavetrain_kernels import ops
+
+
+class Embedding(nn.Module):
+    """Token ids [T] → rows [T, H] of the table [vocab_size, H]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = empty_parameter(vocab_size, hidden_size, dtype=dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Returns the rows of `input_ids`, which must be below vocab_size."""
+        return nn.functional.embedding(input_ids, self.weight)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Returns hidden [N, H] times the table transposed: the logits [N, vocab_size] of a tied model."""
+        return ops.linear(hidden, self.weight)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma 2 (Gemma Team 2024).
+
+    x = sqrt(H) * embedding;  x = x + norm(attention(norm(x)));  x = x + norm(mlp(norm(x)))
+
+Norms scale by 1 + weight; scores and logits are soft-capped; every second layer sees a sliding window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wavetrain_engine.layers.activation import GatedMLP
+from wavetrain_engine.layers.attention import KVCache
+from wavetrain_engine.layers.embedding import Embedding
+from wavetrain_engine.layers.linear import Linear
+from wavetrain_engine.layers.norm import RMSNorm
+from wavetrain_engine.layers.rotary import RotaryEmbedding
+from wavetrain_engine.models.llama import LlamaAttention
+from wavetrain_engine.models.model import Model
+from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_kernels.ops import AttentionMetadata
+
+
+def _norm(config: ModelConfig, dtype: torch.dtype) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, weight_offset=1.0)
+
+
+class Gemma2Layer(nn.Module):
+    """One decoder layer, with a norm before and after each of its two blocks."""
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: RotaryEmbedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config, dtype)
+        self.self_attn = LlamaAttention(config, layer, rotary, dtype)
+        self.post_attention_layernorm = _norm(config, dtype)
+        self.pre_feedforward_layernorm = _norm(config, dtype)
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            hidden_act=config.hidden_act,
+            bias=config.mlp_bias,
+            dtype=dtype,
+        )
+        self.post_feedforward_layernorm = _norm(config, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added."""
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.post_attention_layernorm(self.self_attn(x, positions, kv_cache, metadata))
+        x, residual = self.pre_feedforward_layernorm.add(x, residual)
+        return self.post_feedforward_layernorm(self.mlp(x)), residual
+
+
+class Gemma2(Model):
+    """The whole decoder."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
+        super().__init__(config, dtype, device, max_model_len)
+        rotary = RotaryEmbedding(config.head_dim, config.rope, max_model_len, dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        # Rounded to the model's dtype as in training: in bfloat16, sqrt(3072) is 55.5.
+        self.embedding_scale = torch.tensor(config.hidden_size**0.5).to(dtype).item()
+        self.layers = nn.ModuleList(Gemma2Layer(config, i, rotary, dtype) for i in range(config.num_layers))
+        self.norm = _norm(config, dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        )
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+    ) -> Tensor:
+        x, residual = self.embed_tokens(input_ids) * self.embedding_scale, None
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, positions, kv_cache, metadata)
+        return self.norm.add(x, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits = self.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama 2, 3 and 3.1 (Touvron et al. 2023, Dubey et al. 2024): the decoder the other families vary.
+
+x = x + attention(norm(x));  x = x + mlp(norm(x))          RMSNorm, grouped-query attention, rotary, SwiGLU
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wavetrain_engine.layers.activation import GatedMLP
+from wavetrain_engine.layers.attention import KVCache, PagedAttention
+from wavetrain_engine.layers.embedding import Embedding
+from wavetrain_engine.layers.linear import Linear, MergedLinear
+from wavetrain_engine.layers.norm import RMSNorm
+from wavetrain_engine.layers.rotary import RotaryEmbedding
+from wavetrain_engine.models.model import Model
+from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_kernels.ops import AttentionMetadata
+
+
+class LlamaAttention(nn.Module):
+    """Projects, rotates, attends, projects back."""
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: RotaryEmbedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.split_sizes = [query_size, kv_size, kv_size]
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias, dtype=dtype)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_output_bias, dtype=dtype)
+        self.rotary = rotary
+        self.attention = PagedAttention(
+            scale=config.query_pre_attn_scalar**-0.5,
+            sliding_window=config.sliding_windows[layer],
+            soft_cap=config.attention_soft_cap,
+        )
+
+    def forward(self, x: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+        qkv = self.qkv_proj(x).split(self.split_sizes, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        query, key = self.normalize(query, key)
+        query, key = self.rotary(query, key, positions)
+        return self.o_proj(self.attention(query, key, value, kv_cache, metadata))
+
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns query [T, Hq, D] and key [T, Hkv, D] as they go into the rotation; Qwen3 normalizes here."""
+        return query, key
+
+
+class LlamaLayer(nn.Module):
+    """One decoder layer. The residual stream travels beside the input, so that adding and norm are one op."""
+
+    attention_class: ClassVar[type[LlamaAttention]] = LlamaAttention
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: RotaryEmbedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = self.attention_class(config, layer, rotary, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            hidden_act=config.hidden_act,
+            bias=config.mlp_bias,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added."""
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, positions, kv_cache, metadata)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class Llama(Model):
+    """The whole decoder."""
+
+    layer_class: ClassVar[type[LlamaLayer]] = LlamaLayer
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
+        super().__init__(config, dtype, device, max_model_len)
+        rotary = RotaryEmbedding(config.head_dim, config.rope, max_model_len, dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(self.layer_class(config, i, rotary, dtype) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        )
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+    ) -> Tensor:
+        x, residual = self.embed_tokens(input_ids), None
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, positions, kv_cache, metadata)
+        return self.norm.add(x, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the worker sees of every family: forward, logits, and the shape of the KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wavetrain_engine.layers.attention import KVCache, KVCacheSpec
+from wavetrain_engine.layers.parameter import allocate_parameters
+from wavetrain_engine.layers.rotary import RotaryEmbedding
+from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_kernels.ops import AttentionMetadata
+
+# T = tokens of the step, H = hidden size, N = rows whose logits are wanted, V = vocabulary size.
+
+
+class Model(nn.Module):
+    """Base of the families. Holds shapes only until `allocate`; then memory, until the loader fills it."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self.device = device
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers; as many KV caches does `forward` want."""
+        return self.config.num_layers
+
+    def kv_cache_spec(self) -> KVCacheSpec:
+        """Returns what the KV cache of this model is made of."""
+        return KVCacheSpec(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+        )
+
+    def allocate(self) -> None:
+        """Gives every parameter uninitialised memory on the model's device, and computes the rotary table."""
+        allocate_parameters(self, self.device)
+        for module in self.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.allocate(self.device)
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+    ) -> Tensor:
+        """Takes input_ids [T] and positions [T], writes their KV, returns the final hidden states [T, H]."""
+        raise NotImplementedError
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Returns the logits [N, V], in the model's dtype, of selected rows [N, H] of what `forward` returned."""
+        raise NotImplementedError
