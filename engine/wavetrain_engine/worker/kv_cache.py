@@ -6,25 +6,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from wavetrain_engine.layers.attention import KVCache
-from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_engine.layers.attention import KVCache, KVCacheSpec
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers, keys and values."""
-    return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
-
-
-def allocate_kv_caches(
-    config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> list[KVCache]:
+def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
     """Allocates zeroed caches [num_blocks, num_kv_heads, block_size, head_dim], one pair per layer.
 
-    Zeroed, because attention multiplies masked values by a probability of 0, and 0 × NaN is NaN.
+    Zeroed, because a kernel may multiply what it masks by a probability of 0, and 0 * NaN is NaN.
     """
-    shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+    shape = spec.shape(num_blocks, block_size)
     return [
-        KVCache(key=_zeros(shape, dtype, device), value=_zeros(shape, dtype, device)) for _ in range(config.num_layers)
+        KVCache(key=_zeros(shape, spec.dtype, device), value=_zeros(shape, spec.dtype, device))
+        for _ in range(spec.num_layers)
     ]
 
 

@@ -15,14 +15,14 @@ from wavetrain_engine.errors import CheckpointError, ConfigError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.generation_config import GenerationConfig
 from wavetrain_engine.models.model_config import ModelConfig
-from wavetrain_engine.models.registry import create_model
+from wavetrain_engine.models.registry import create_model, resolve_dtype
 from wavetrain_engine.plan import Executor
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.version import VERSION
 from wavetrain_engine.weights.loader import load_weights
 from wavetrain_engine.worker.executor import LocalExecutor
 from wavetrain_engine.worker.input_batch import InputBatch
-from wavetrain_engine.worker.kv_cache import allocate_kv_caches, block_bytes
+from wavetrain_engine.worker.kv_cache import allocate_kv_caches
 from wavetrain_engine.worker.memory import num_kv_blocks
 from wavetrain_engine.worker.model_runner import ModelRunner
 from wavetrain_kernels.ops import kernel_set
@@ -45,13 +45,13 @@ def load_executor(config: EngineConfig, *, progress: Progress | None = None) -> 
     model_dir = _model_dir(config)
     model_config = ModelConfig.load(model_dir)
     generation = GenerationConfig.load(model_dir)
-    device, dtype = _device(config), _dtype(config, model_config)
-    model = create_model(model_config, dtype, device)
+    device, dtype = _device(config), resolve_dtype(model_config, config.model.dtype)
+    max_model_len = model_config.max_model_len if config.model.max_model_len is None else config.model.max_model_len
+    model = create_model(model_config, dtype, device, max_model_len=max_model_len)
     weight_bytes = load_weights(
         model, model_dir, model_config, progress=lambda done, total: report("weights", done, total)
     )
-    max_model_len = _max_model_len(config, model_config)
-    bytes_per_block = block_bytes(model_config, config.cache.block_size, dtype)
+    bytes_per_block = model.kv_cache_spec().bytes_per_block(config.cache.block_size)
     num_blocks = _num_blocks(config, max_model_len, bytes_per_block, device)
     max_model_len = _fit_model_len(config, max_model_len, num_blocks)
     facts = EngineFacts(
@@ -73,7 +73,7 @@ def load_executor(config: EngineConfig, *, progress: Progress | None = None) -> 
     )
     runner = ModelRunner(
         model=model,
-        kv_caches=allocate_kv_caches(model_config, num_blocks, config.cache.block_size, dtype, device),
+        kv_caches=allocate_kv_caches(model.kv_cache_spec(), num_blocks, config.cache.block_size, device),
         batch=InputBatch(
             max_num_seqs=config.scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -106,23 +106,9 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device(config.model.device)
 
 
-def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
-    name = model_config.dtype if config.model.dtype == "auto" else config.model.dtype
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-
-
-def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
-    own, asked = model_config.max_model_len, config.model.max_model_len
-    if asked is not None and asked > own:
-        raise ConfigError(f"--max-model-len {asked} is more than the model's own {own}; lower it")
-    return own if asked is None else asked
-
-
 def _num_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int, device: torch.device) -> int:
     blocks_per_request = -(-max_model_len // config.cache.block_size)
-    return num_kv_blocks(
-        config.cache, bytes_per_block, blocks_per_request * config.scheduler.max_num_seqs, device
-    )
+    return num_kv_blocks(config.cache, bytes_per_block, blocks_per_request * config.scheduler.max_num_seqs, device)
 
 
 def _fit_model_len(config: EngineConfig, max_model_len: int, num_blocks: int) -> int:
@@ -142,10 +128,19 @@ def _fit_model_len(config: EngineConfig, max_model_len: int, num_blocks: int) ->
 def _log_facts(facts: EngineFacts) -> None:
     _LOG.info(
         "%s, %s on %s, %s kernels, weights %.1f MiB, loaded in %.1f s",
-        facts.architecture, facts.dtype, facts.device, facts.kernels, facts.weight_bytes / 2**20, facts.load_s,
+        facts.architecture,
+        facts.dtype,
+        facts.device,
+        facts.kernels,
+        facts.weight_bytes / 2**20,
+        facts.load_s,
     )
     _LOG.info(
         "KV cache: %d blocks of %d tokens (%.1f MiB): %d tokens, %.1f requests of %d tokens at once",
-        facts.num_blocks, facts.block_size, facts.kv_cache_bytes / 2**20,
-        facts.num_blocks * facts.block_size, facts.max_concurrency, facts.max_model_len,
+        facts.num_blocks,
+        facts.block_size,
+        facts.kv_cache_bytes / 2**20,
+        facts.num_blocks * facts.block_size,
+        facts.max_concurrency,
+        facts.max_model_len,
     )

@@ -20,7 +20,7 @@ def num_kv_blocks(config: CacheSection, bytes_per_block: int, most_useful: int, 
     """Decides the number of KV-cache blocks after the weights are in place.
 
     Args:
-        bytes_per_block: from `kv_cache.block_bytes`.
+        bytes_per_block: from `KVCacheSpec.bytes_per_block`.
         most_useful: blocks beyond which more cannot be used by running requests (max_num_seqs requests of
             max_model_len tokens); only an explicit flag asks for more.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wavetrain_engine.layers.attention import KVCache
-from wavetrain_engine.models.registry import Model
+from wavetrain_engine.models.model import Model
 from wavetrain_engine.plan import ScheduledRequest, StepPlan, StepResult
 from wavetrain_engine.request import TokenLogprobs
 from wavetrain_engine.sampling.logprobs import prompt_logprobs
@@ -21,7 +21,7 @@ from wavetrain_engine.sampling.sampler import Sampler
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.worker.input_batch import InputBatch, StepInputs
 from wavetrain_engine.worker.kv_cache import clear_blocks
-from wavetrain_kernels.ops.attention import AttentionMetadata
+from wavetrain_kernels.ops import AttentionMetadata
 
 # Prompt log-probabilities need logits at every prompt position; this many rows of V floats at a time.
 _PROMPT_LOGPROBS_CHUNK = 128
@@ -81,9 +81,7 @@ class ModelRunner:
             entry = self._batch.add(request)
             params = request.sampling_params
             seed = params.seed if params.seed is not None else _seed_of(request.request_id)
-            self._state.add(
-                entry.row, params, request.token_ids, request.num_prompt_tokens, self._eos_token_ids, seed
-            )
+            self._state.add(entry.row, params, request.token_ids, request.num_prompt_tokens, self._eos_token_ids, seed)
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         query_lens = np.diff(inputs.query_start_loc)
@@ -94,6 +92,8 @@ class ModelRunner:
             slot_mapping=self._to_device(inputs.slot_mapping),
             max_query_len=int(query_lens.max()),
             max_seq_len=int(inputs.seq_lens.max()),
+            host_query_start_loc=inputs.query_start_loc.tolist(),
+            host_seq_lens=inputs.seq_lens.tolist(),
         )
 
     def _sample(
@@ -110,9 +110,7 @@ class ModelRunner:
         if sampling:
             last = self._to_device(inputs.query_start_loc[1:][sampling].astype(np.int64) - 1)
             rows = inputs.rows[sampling]
-            tokens = self._sampler.sample(
-                self._model.compute_logits(hidden[last]), self._state.batch(rows.tolist())
-            )
+            tokens = self._sampler.sample(self._model.compute_logits(hidden[last]), self._state.batch(rows.tolist()))
             errors = {sampling[index]: message for index, message in tokens.errors.items()}
             for index, token_id, entry in zip(sampling, tokens.token_ids, tokens.logprobs, strict=True):
                 if index not in errors:
