@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of a Hugging Face checkpoint → our parameters.
+
+Our modules have the names they have in checkpoints, without the leading `model.`, so only merged projections
+need a rule: each of their parts is a range of rows. A checkpoint must hold every tensor wanted here and no
+other; the few harmless extras that real checkpoints carry are listed below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.layers.linear import MergedLinear
+from wavetrain_engine.weights.checkpoint import first_few
+from wavetrain_engine.weights.safetensors_header import TensorEntry
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT_HEAD = "lm_head.weight"
+_DTYPES = ("F32", "F16", "BF16")
+# Checkpoints of transformers before 4.32 saved this buffer; we compute it.
+_HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where one tensor of a checkpoint goes: rows [start, start + shape[0]) of parameter `attribute` of `module`.
+
+    The parameter is looked up when it is written to, since allocation replaces it.
+    """
+
+    module: nn.Module
+    attribute: str
+    start: int
+    shape: tuple[int, ...]
+
+    def memory(self) -> Tensor:
+        """Returns the part of the parameter to fill."""
+        parameter: Tensor = getattr(self.module, self.attribute)
+        return parameter[self.start : self.start + self.shape[0]]
+
+
+def name_map(model: nn.Module) -> dict[str, Target]:
+    """Returns every tensor that a checkpoint of `model` must hold, by its name there."""
+    targets: dict[str, Target] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape)
+            if not isinstance(module, MergedLinear):
+                targets[_checkpoint_name(path, attribute)] = Target(module, attribute, 0, shape)
+                continue
+            parent, start = path.rpartition(".")[0], 0
+            for part, rows in module.parts.items():
+                name = _checkpoint_name(f"{parent}.{part}", attribute)
+                targets[name] = Target(module, attribute, start, (rows, *shape[1:]))
+                start += rows
+    return targets
+
+
+def check_tensors(
+    tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target], *, architecture: str, tied: bool
+) -> None:
+    """Checks that a checkpoint holds exactly the tensors a model wants.
+
+    Raises:
+        CheckpointError: names the missing, the extra, the misshapen tensors, or those of a wrong dtype.
+    """
+    missing = [name for name in targets if name not in tensors]
+    extra = [name for name in tensors if name not in targets and not is_ignored(name, tied=tied)]
+    if missing:
+        hint = f"; it has {first_few(extra)} instead" if extra else ""
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the {len(targets)} tensors that config.json's {architecture} "
+            f"wants: {first_few(missing)}{hint}"
+        )
+    if extra:
+        raise CheckpointError(
+            f"the checkpoint has {len(extra)} tensors that config.json's {architecture} does not know: "
+            f"{first_few(extra)}; does config.json belong to it?"
+        )
+    wrong = [
+        f"{name} ({list(tensors[name].shape)} instead of {list(target.shape)})"
+        for name, target in targets.items()
+        if tensors[name].shape != target.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tensors do not have the shape config.json implies: {first_few(wrong)}")
+    wrong = [f"{name} ({tensors[name].dtype})" for name in targets if tensors[name].dtype not in _DTYPES]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors are not of a supported dtype ({', '.join(_DTYPES)}): {first_few(wrong)}; "
+            "quantized checkpoints are not supported yet"
+        )
+
+
+def is_ignored(name: str, *, tied: bool) -> bool:
+    """Whether a tensor that no parameter wants is harmless."""
+    return name.endswith(_HARMLESS_SUFFIX) or (tied and name == OUTPUT_HEAD)
+
+
+def _checkpoint_name(path: str, attribute: str) -> str:
+    name = f"{path}.{attribute}"
+    return name if name == OUTPUT_HEAD else f"model.{name}"
