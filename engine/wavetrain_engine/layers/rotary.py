@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from wavetrain_engine.layers.rope_config import RopeConfig
 from wavetrain_kernels import ops
 
+_ROWS_AT_ONCE = 2**15
+
 
 class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by their positions. One per model, shared by its layers.
@@ -44,21 +46,25 @@ class RotaryEmbedding(nn.Module):
     def allocate(self, device: torch.device) -> None:
         """Computes the table on `device`."""
         frequencies = inverse_frequencies(self._rope, self._head_dim, self._max_positions)
-        table = cos_sin_table(frequencies, self._max_positions, attention_factor(self._rope))
-        self.cos_sin_cache = table.to(device=device, dtype=self._dtype)
+        factor = attention_factor(self._rope)
+        self.cos_sin_cache = cos_sin_table(frequencies.to(device), self._max_positions, factor, self._dtype)
 
     def forward(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns query [T, Hq, D] and key [T, Hkv, D] rotated by positions [T], which must be < max_positions."""
         return ops.rotary_embedding(query, key, positions, self.cos_sin_cache)
 
 
-def cos_sin_table(frequencies: Tensor, max_positions: int, factor: float) -> Tensor:
-    """Returns float32 [max_positions, 2, D/2] of cos and sin, times `factor`."""
-    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
-    table = torch.empty(max_positions, 2, frequencies.shape[0])
-    torch.cos(angles, out=table[:, 0])
-    torch.sin(angles, out=table[:, 1])
-    return table.mul_(factor)
+def cos_sin_table(frequencies: Tensor, max_positions: int, factor: float, dtype: torch.dtype) -> Tensor:
+    """Returns [max_positions, 2, D/2] of cos and sin times `factor`, computed in float32 from frequencies [D/2]."""
+    device = frequencies.device
+    table = torch.empty(max_positions, 2, frequencies.shape[0], dtype=dtype, device=device)
+    # A few rows at a time: for a million positions the float32 temporaries would outgrow the table itself.
+    for start in range(0, max_positions, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, max_positions)
+        angles = torch.arange(start, stop, device=device).float()[:, None] * frequencies
+        table[start:stop, 0] = angles.cos() * factor
+        table[start:stop, 1] = angles.sin() * factor
+    return table
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int, max_positions: int) -> Tensor:

@@ -19,8 +19,9 @@ from wavetrain_engine.layers.rope_config import RopeConfig
 from wavetrain_engine.models.config_reader import ConfigReader
 from wavetrain_engine.models.rope_parameters import parse_rope
 
-# Positions are multiplied by frequencies in float32, which is exact for integers up to here.
-_MAX_POSITIONS = 2**24
+# Four times the longest context of these families. It bounds the rotary table, the one allocation whose size no
+# tensor of the checkpoint confirms; and float32, which positions are multiplied in, is exact far beyond.
+_MAX_POSITIONS = 2**22
 _MAX_CONFIG_BYTES = 2**20
 _DTYPES = ("float32", "float16", "bfloat16")
 

@@ -51,7 +51,9 @@ class Checkpoint:
 
 def first_few(names: list[str]) -> str:
     """Returns up to three names and how many more there are, for a message."""
-    shown = ", ".join(name if len(name) <= 120 else f"{name[:117]}..." for name in names[:3])
+    # Names come from strangers: no escape sequence of theirs may reach a terminal.
+    safe = [name if name.isprintable() else ascii(name) for name in names[:3]]
+    shown = ", ".join(name if len(name) <= 120 else f"{name[:117]}..." for name in safe)
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
@@ -91,7 +93,9 @@ def _read_shards(model_dir: Path, weight_map: dict[str, str]) -> dict[str, Tenso
     for file_name in file_names:
         for entry in read_header(model_dir / file_name):
             if entry.name in tensors:
-                raise CheckpointError(f"tensor {entry.name} is in {tensors[entry.name].file.name} and in {file_name}")
+                raise CheckpointError(
+                    f"tensor {first_few([entry.name])} is in {tensors[entry.name].file.name} and in {file_name}"
+                )
             tensors[entry.name] = entry
     lost = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
     if lost:

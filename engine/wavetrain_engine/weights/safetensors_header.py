@@ -19,6 +19,7 @@ from wavetrain_engine.errors import CheckpointError
 
 # The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 16
 
 _DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -53,6 +54,8 @@ def read_header(path: Path) -> list[TensorEntry]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
+            if start == b"version ":
+                raise CheckpointError(f"{path.name} is a Git LFS pointer, not the weights: run git lfs pull")
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise _broken(path, f"its header would take {length} bytes of a file of {size}")
@@ -96,8 +99,10 @@ def _entry(path: Path, name: str, value: Any) -> TensorEntry:
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
-    # Offsets of real files stay far below 2**63; larger ones break whoever reads the file next.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in cast("list[Any]", value))
+    # Bounded, so that their product is cheap and whoever reads the file next can hold them.
+    if not isinstance(value, list) or len(cast("list[Any]", value)) > _MAX_DIMENSIONS:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in cast("list[Any]", value))
 
 
 def _check_extent(path: Path, entries: list[TensorEntry], data_bytes: int) -> None:
