@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes below this one, so that none outlives the command.
+
+`adopt_orphans` makes this process the parent of every descendant whose own parent dies (PR_SET_CHILD_SUBREAPER). What
+is below us then is all there is, whichever sessions and process groups it moved to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """From now on orphaned descendants become children of this process.
+
+    Raises:
+        OSError: the kernel refuses; it never does on Linux 3.4 or later.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def descendants(pid: int) -> list[int]:
+    """The ids of all processes below `pid`, parents before children; ended ones that nobody waited for are left out."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (parent := _living_parent(entry)) is not None:
+            children.setdefault(parent, []).append(int(entry.name))
+    found: list[int] = []
+    level = children.get(pid, [])
+    while level:
+        found += level
+        level = [child for parent in level for child in children.get(parent, [])]
+    return found
+
+
+def end_descendants(pid: int, *, grace_s: float) -> list[int]:
+    """Waits up to `grace_s` for everything below `pid` to end by itself, then kills what is left and returns its ids.
+
+    Collects the exit status of adopted orphans, so `pid` must be this process, and must have no child of its own left
+    that somebody else waits for.
+    """
+    deadline = time.monotonic() + grace_s
+    while (alive := descendants(pid)) and time.monotonic() < deadline:
+        _reap_children()
+        time.sleep(0.05)
+    killed = alive
+    # A killed parent's children become ours and show up in the next round.
+    while alive:
+        for item in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(item, signal.SIGKILL)
+        time.sleep(0.02)
+        _reap_children()
+        alive = descendants(pid)
+    _reap_children()
+    return killed
+
+
+def _living_parent(entry: Path) -> int | None:
+    try:
+        # The name, in brackets, may itself hold spaces and brackets.
+        state, parent = (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else int(parent)
+
+
+def _reap_children() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

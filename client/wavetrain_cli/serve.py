@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`wavetrain serve`: puts repository, Triton server and supervisor together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from wavetrain_cli.checkpoint_check import check_checkpoint
+from wavetrain_cli.display import Display
+from wavetrain_cli.engine_flags import FlagParser, add_engine_flags, engine_config, has_engine_flags
+from wavetrain_cli.errors import CommandError
+from wavetrain_cli.ports import check_ports
+from wavetrain_cli.repository import ENGINE_TOML, build_repository, packaged_repository, resolve_model_dir
+from wavetrain_cli.server_log import ServerLog
+from wavetrain_cli.supervisor import Supervisor, SupervisorPolicy
+from wavetrain_cli.triton_server import (
+    ServerOptions,
+    command_line,
+    find_triton_server,
+    has_nvidia_device,
+    server_environment,
+)
+from wavetrain_cli.triton_service import TritonService, example_request, example_token_request, local_host
+from wavetrain_engine.config import EngineConfig
+from wavetrain_engine.environment import Environment
+
+_DEMO_PROMPT = "def __init__(self"
+_PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Repository:
+    """What is served: the repository, its configuration, and a prompt that suits the model."""
+
+    path: Path
+    config: EngineConfig
+    prompt: str
+
+
+def create_parser() -> FlagParser:
+    """The parser of `wavetrain serve`."""
+    parser = FlagParser(
+        prog="wavetrain serve",
+        description="Serves a checkpoint on the Triton server, until Ctrl-C or SIGTERM; by default the demo model.",
+    )
+    parser.add_argument(
+        "model_dir", metavar="MODEL_DIR", nargs="?", help="checkpoint directory (Hugging Face layout, safetensors)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="(default: %(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="(default: %(default)s)")
+    parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="(default: %(default)s)")
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGINT or SIGTERM (default: %(default)s)",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show the server's whole log")
+    add_engine_flags(parser)
+    return parser
+
+
+def main(arguments: list[str], environment: Environment) -> int:
+    """Runs the subcommand. Raises CommandError and WavetrainError for what a person can mend."""
+    given = create_parser().parse(arguments)
+    if not given.grace_s >= 0:
+        raise CommandError(f"--grace-s: expected seconds >= 0, got {given.grace_s}", exit_code=2)
+    # What can be told without starting anything is told first.
+    repository = _prepare_repository(given, environment.cache_dir)
+    server = find_triton_server(environment.cache_dir)
+    check_ports(
+        given.host,
+        {"--http-port": given.http_port, "--grpc-port": given.grpc_port, "--metrics-port": given.metrics_port},
+    )
+    log_path = environment.cache_dir / "logs" / f"serve-{given.http_port}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    display = Display()
+    shm_prefix = f"wavetrain-{given.http_port}-"
+    options = ServerOptions(
+        model_repository=repository.path,
+        host=given.host,
+        http_port=given.http_port,
+        grpc_port=given.grpc_port,
+        metrics_port=given.metrics_port,
+        shm_prefix=shm_prefix,
+        is_verbose=given.verbose,
+    )
+    host = local_host(given.host)
+    with log_path.open("w", encoding="utf-8") as log_file:
+        log = ServerLog(
+            file=log_file,
+            show=display.log,
+            show_progress=display.progress,
+            has_gpu=has_nvidia_device(),
+            is_verbose=given.verbose,
+        )
+        supervisor = Supervisor(
+            command=command_line(server, options),
+            environment=server_environment(server, os.environ),
+            service=TritonService(host=host, http_port=given.http_port, engine_config=repository.path / ENGINE_TOML),
+            log=log,
+            say=display.say,
+            on_ready=lambda: display.ready(_ready_text(given, host, repository)),
+            shm_prefix=shm_prefix,
+            policy=SupervisorPolicy(grace_s=given.grace_s),
+        )
+        try:
+            return supervisor.run()
+        except CommandError as error:
+            raise CommandError(f"{error} (the whole log: {log_path})", exit_code=error.exit_code) from error
+        finally:
+            display.stop_progress()
+
+
+def _prepare_repository(given: argparse.Namespace, cache_dir: Path) -> _Repository:
+    packaged = packaged_repository()
+    default = EngineConfig.load(packaged / ENGINE_TOML)
+    if given.model_dir is None and not has_engine_flags(given):
+        return _Repository(path=packaged, config=default, prompt=_DEMO_PROMPT)
+    if given.model_dir is None:
+        config, prompt = engine_config(given, model_dir=None, base=default), _DEMO_PROMPT
+    else:
+        model_dir = resolve_model_dir(given.model_dir)
+        config, prompt = engine_config(given, model_dir=model_dir, base=EngineConfig()), _PROMPT
+    check_checkpoint(config)
+    # The port is ours alone, so no other server reads the repository that is replaced here.
+    path = cache_dir / "repositories" / f"serve-{given.http_port}"
+    build_repository(config, path, force=True)
+    return _Repository(path=path, config=config, prompt=prompt)
+
+
+def _ready_text(given: argparse.Namespace, host: str, repository: _Repository) -> str:
+    if repository.config.model.skip_tokenizer_init:
+        example = example_token_request(host=host, http_port=given.http_port)
+    else:
+        example = example_request(host=host, http_port=given.http_port, prompt=repository.prompt)
+    return (
+        f"on http://{given.host}:{given.http_port} (gRPC {given.host}:{given.grpc_port}, metrics "
+        f"http://{given.host}:{given.metrics_port}/metrics); try: {example}"
+    )
