@@ -56,7 +56,7 @@ class TokenizerFiles:
         named = {name: _token(config[name], name) for name in _NAMED_TOKENS if config.get(name)}
         _add_tokens(backend, added, [*named.values(), *_listed_tokens(config)])
         texts = {name: token.content for name, token in named.items()}
-        if "add_bos_token" in config or "add_eos_token" in config:
+        if cast("Any", backend).post_processor is None:  # else tokenizer.json says what is added
             _set_post_processor(backend, texts, config)
         backend.no_truncation()
         backend.no_padding()
