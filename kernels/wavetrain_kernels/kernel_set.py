@@ -27,6 +27,11 @@ class KernelSet:
         silu_and_mul, gelu_tanh_and_mul: (out, x)
         write_kv_cache: (key, value, key_cache, value_cache, slot_mapping)
         paged_attention: (out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
+        apply_penalties: (logits, token_ids, output_counts, repetition, presence, frequency), in place
+        apply_top_k_top_p_min_p: (logits, top_k, top_p, min_p), in place
+        sample: (out, logits, seeds, positions)
+        sample_greedy: (token_ids_out, best_out, logits)
+        top_logprobs: (ids_out, logprobs_out, ranks_out, logits, token_ids)
         linear: (x, weight, bias) -> out; the one that returns, as matrix libraries allocate their own result.
     """
 
@@ -41,3 +46,8 @@ class KernelSet:
         [Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None
     ]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    apply_top_k_top_p_min_p: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], None]
+    sample: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    sample_greedy: Callable[[Tensor, Tensor, Tensor], None]
+    top_logprobs: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]

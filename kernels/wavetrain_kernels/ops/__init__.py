@@ -12,10 +12,19 @@ from wavetrain_kernels.ops.kv_cache import write_kv_cache
 from wavetrain_kernels.ops.linear import linear
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotary_embedding
+from wavetrain_kernels.ops.sampling import (
+    apply_penalties,
+    apply_top_k_top_p_min_p,
+    sample,
+    sample_greedy,
+    top_logprobs,
+)
 
 __all__ = [
     "AttentionMetadata",
     "add_rms_norm",
+    "apply_penalties",
+    "apply_top_k_top_p_min_p",
     "choose_kernels",
     "gelu_tanh_and_mul",
     "implementation",
@@ -24,6 +33,9 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_embedding",
+    "sample",
+    "sample_greedy",
     "silu_and_mul",
+    "top_logprobs",
     "write_kv_cache",
 ]

@@ -6,10 +6,17 @@ from __future__ import annotations
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from wavetrain_kernels.reference.attention import paged_attention
+from wavetrain_kernels.reference.gumbel import sample
 from wavetrain_kernels.reference.kv_cache import write_kv_cache
 from wavetrain_kernels.reference.linear import linear
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.rotary import rotary_embedding
+from wavetrain_kernels.reference.sampling import (
+    apply_penalties,
+    apply_top_k_top_p_min_p,
+    sample_greedy,
+    top_logprobs,
+)
 
 REFERENCE = KernelSet(
     name="reference",
@@ -21,4 +28,9 @@ REFERENCE = KernelSet(
     write_kv_cache=write_kv_cache,
     paged_attention=paged_attention,
     linear=linear,
+    apply_penalties=apply_penalties,
+    apply_top_k_top_p_min_p=apply_top_k_top_p_min_p,
+    sample=sample,
+    sample_greedy=sample_greedy,
+    top_logprobs=top_logprobs,
 )
