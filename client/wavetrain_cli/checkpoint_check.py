@@ -12,26 +12,18 @@ from pathlib import Path
 from wavetrain_cli.errors import CommandError
 from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_engine.weights.checkpoint import Checkpoint
 
 
 def check_checkpoint(config: EngineConfig) -> None:
-    """Reads config.json and looks for weights and tokenizer.
+    """Reads config.json and the headers of the weight files, and looks for a tokenizer.
 
     Raises:
-        CommandError: a file is missing.
-        WavetrainError: config.json is not usable, or asks for a model that is not served.
+        CommandError: there is no tokenizer.
+        CheckpointError, ConfigError: as ModelConfig.load and Checkpoint.open.
     """
     model_dir = Path(config.model.model)
     ModelConfig.load(model_dir)
-    if not any(model_dir.glob("*.safetensors")):
-        pickles = sorted(
-            item.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for item in model_dir.glob(pattern)
-        )
-        if pickles:
-            raise CommandError(
-                f"{model_dir} holds its weights as pickles ({pickles[0]}), which can run code and are never read; "
-                "convert them to safetensors first"
-            )
-        raise CommandError(f"{model_dir} holds no *.safetensors file")
+    Checkpoint.open(model_dir)
     if not config.model.skip_tokenizer_init and not (model_dir / "tokenizer.json").is_file():
         raise CommandError(f"{model_dir} has no tokenizer.json; --skip-tokenizer-init serves token ids without one")
