@@ -191,7 +191,7 @@ REFUSED: list[tuple[dict[str, Any], type[WavetrainError], str]] = [
     ({"hidden_size": 0}, ConfigError, "hidden_size must be an integer from 1"),
     ({"vocab_size": -1}, ConfigError, "vocab_size must be an integer from 1"),
     ({"num_hidden_layers": 10**9}, ConfigError, "num_hidden_layers must be an integer from 1 to 1024"),
-    ({"vocab_size": 10**5000}, ConfigError, "vocab_size .* about 5001 digits"),
+    ({"vocab_size": 10**4000}, ConfigError, "vocab_size .* about 4001 digits"),
     ({"max_position_embeddings": 10**9}, ConfigError, "max_position_embeddings"),
     ({"num_attention_heads": 5}, ConfigError, r"num_attention_heads \(5\) must be a multiple"),
     ({"hidden_size": 66, "num_key_value_heads": 4}, ConfigError, r"hidden_size \(66\) must be a multiple"),
@@ -222,7 +222,7 @@ REFUSED: list[tuple[dict[str, Any], type[WavetrainError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=[str(case[0])[:50] for case in REFUSED])
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=[case[2] for case in REFUSED])
 def test_refused_with_its_own_message(changes: dict[str, Any], error: type[WavetrainError], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         config(**changes)
