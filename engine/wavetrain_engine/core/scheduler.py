@@ -154,9 +154,10 @@ class Scheduler:
                 self._finish(request, is_tainted=True)
                 updates.append(end_update(request, FinishReason.ERROR, RequestFailed(errors[index])))
                 continue
-            if prompt_logprobs and request.prompt_logprobs is not None and request.status is RequestStatus.RUNNING:
-                # One that was preempted meanwhile computes its prompt, and these, again.
-                request.prompt_logprobs += prompt_logprobs[index] or []
+            if prompt_logprobs and request.prompt_logprobs is not None:
+                # After a preemption the prompt is computed again: what was seen before is not taken twice.
+                num_seen = len(request.prompt_logprobs) - row.num_computed_tokens
+                request.prompt_logprobs += (prompt_logprobs[index] or [])[num_seen:]
             if row.is_sampling:
                 entries = logprobs[index] if logprobs else None
                 updates.append(self._append_token(request, row, sampled[index], entries, now_ns))
@@ -221,8 +222,6 @@ class Scheduler:
         self._kv_cache.release(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
-        if request.prompt_logprobs is not None:
-            request.prompt_logprobs = []
         self.counters.num_preemptions += 1
         self._is_out_of_blocks = True
         self._removed.append(request.request_id)
@@ -278,7 +277,7 @@ class Scheduler:
         self._waiting.discard(request)
         request.status = RequestStatus.RUNNING
         insort(self._running, request, key=_SORT_KEY)
-        if request.first_scheduled_time_ns:
+        if request.num_preemptions:
             return
         request.first_scheduled_time_ns = now_ns
         request.num_cached_tokens = num_cached_tokens
@@ -307,7 +306,7 @@ class Scheduler:
         request.token_ids.append(token_ids[0])
         request.num_tokens += 1
         request.last_token_time_ns = now_ns
-        if not request.first_token_time_ns:
+        if request.num_tokens == request.num_prompt_tokens + 1:
             request.first_token_time_ns = now_ns
         prompt_logprobs = request.prompt_logprobs
         request.prompt_logprobs = None
