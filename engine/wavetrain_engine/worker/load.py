@@ -79,9 +79,7 @@ def load_executor(config: EngineConfig, *, progress: Progress | None = None) -> 
             max_model_len=max_model_len,
             block_size=config.cache.block_size,
         ),
-        state=SamplingState(
-            max_num_seqs=config.scheduler.max_num_seqs, vocab_size=model_config.vocab_size, device=device
-        ),
+        state=SamplingState(model_config.vocab_size, device),
         eos_token_ids=generation.eos_token_ids,
         device=device,
     )
