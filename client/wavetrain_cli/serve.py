@@ -118,15 +118,15 @@ def main(arguments: list[str], environment: Environment) -> int:
 
 
 def _prepare_repository(given: argparse.Namespace, cache_dir: Path) -> _Repository:
-    packaged = packaged_repository()
-    default = EngineConfig.load(packaged / ENGINE_TOML)
-    if given.model_dir is None and not has_engine_flags(given):
-        return _Repository(path=packaged, config=default, prompt=_DEMO_PROMPT)
     if given.model_dir is None:
-        config, prompt = engine_config(given, model_dir=None, base=default), _DEMO_PROMPT
+        packaged = packaged_repository()
+        config, prompt = EngineConfig.load(packaged / ENGINE_TOML), _DEMO_PROMPT
+        if not has_engine_flags(given):
+            return _Repository(path=packaged, config=config, prompt=prompt)
+        config = engine_config(given, model_dir=None, base=config)
     else:
-        model_dir = resolve_model_dir(given.model_dir)
-        config, prompt = engine_config(given, model_dir=model_dir, base=EngineConfig()), _PROMPT
+        model_dir, prompt = resolve_model_dir(given.model_dir), _PROMPT
+        config = engine_config(given, model_dir=model_dir, base=EngineConfig())
     check_checkpoint(config)
     # The port is ours alone, so no other server reads the repository that is replaced here.
     path = cache_dir / "repositories" / f"serve-{given.http_port}"

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, cast
 Level = Literal["debug", "info", "warning", "error"]
 
 # The engine's processes log in Triton's own format; their places are Python files.
-_LINE = re.compile(r"(?P<level>[DIWEFC])\d{4} [\d:.]+ \d+ (?P<file>\S+):\d+\] (?P<text>.*)")
+_LINE = re.compile(r"(?P<level>[DIWEFC])\d{4} [\d:.]+ \d+ (?P<file>\S+):\d+\] ?(?P<text>.*)")
 _LEVELS: dict[str, Level] = {
     "D": "debug",
     "I": "info",
@@ -38,9 +38,9 @@ _CODE_WORD = re.compile(r"^(?:invalid|not_found|busy|cancelled|deadline|dead|int
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One line, without what only a log file needs. `origin` is who wrote it."""
+    """One line, without what only a log file needs. `origin` is who wrote it; `output` is what no logger formatted."""
 
-    origin: Literal["triton", "engine"]
+    origin: Literal["triton", "engine", "output"]
     level: Level
     text: str
 
@@ -65,9 +65,11 @@ def parse_line(raw: str) -> LogLine | LoadProgress | None:
         text = _unquote(found["text"].strip())
         origin = "engine" if found["file"].endswith(".py") else "triton"
         return LogLine(origin, _LEVELS[found["level"]], text) if text else None
+    if line.startswith("Signal ("):
+        return LogLine("triton", "info", line)
     if line.startswith("error: "):
         return LogLine("triton", "error", line[len("error: ") :])
-    return LogLine("engine", "info", line)
+    return LogLine("output", "info", line)
 
 
 def is_noise(line: LogLine, *, has_gpu: bool) -> bool:
