@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+
 from wavetrain_kernels import ops
 from wavetrain_kernels.errors import DtypeError, ShapeError
 
@@ -54,7 +55,9 @@ class Step:
         self.metadata = ops.AttentionMetadata.build(
             [query_len for query_len, _ in rows],
             [seq_len for _, seq_len in rows],
-            torch.tensor([blocks + [0] * (width - len(blocks)) for blocks in tables], dtype=torch.int32).view(-1, width),
+            torch.tensor([blocks + [0] * (width - len(blocks)) for blocks in tables], dtype=torch.int32).view(
+                -1, width
+            ),
             torch.cat(slots) if slots else torch.zeros(0, dtype=torch.int64),
         )
         self.query = torch.randn(self.metadata.num_tokens, num_heads, head_dim, generator=generator).to(dtype)
@@ -100,3 +103,222 @@ def test_attention_is_the_definition(rows, sliding_window, soft_cap):
     step = Step(rows)
     result = step.attend(sliding_window=sliding_window, soft_cap=soft_cap)
     torch.testing.assert_close(result.double(), step.expected(sliding_window, soft_cap), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("soft_cap", [None, 0.7])
+def test_attention_in_half_precision(dtype, tolerance, soft_cap):
+    step = Step(STEPS["mixed"], dtype=dtype)
+    result = step.attend(soft_cap=soft_cap)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), step.expected(soft_cap=soft_cap), atol=tolerance, rtol=tolerance)
+
+
+def test_an_empty_step():
+    step = Step([])
+    assert step.attend().shape == (0, 6, 8)
+    ops.write_kv_cache(
+        step.query[:, :2], step.query[:, :2], step.key_cache, step.value_cache, step.metadata.slot_mapping
+    )
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_one_key_value_head(num_heads):
+    step = Step(STEPS["mixed"], num_heads=num_heads, num_kv_heads=1)
+    torch.testing.assert_close(step.attend().double(), step.expected(), atol=1e-5, rtol=1e-5)
+
+
+def test_small_groups_give_the_same(monkeypatch):
+    step = Step([(1, 3), (1, 17), (1, 8), (1, 20)])
+    monkeypatch.setattr("wavetrain_kernels.reference.attention_plan._MAX_GROUP_TOKENS", 2 * BLOCK_SIZE)
+    torch.testing.assert_close(step.attend().double(), step.expected(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("sliding_window", [None, 2, 5])
+@pytest.mark.parametrize("max_queries", [1, 3, 4])
+def test_chunks_are_split_without_a_seam(monkeypatch, max_queries, sliding_window, soft_cap):
+    monkeypatch.setattr("wavetrain_kernels.reference.attention_plan._MAX_CHUNK_QUERIES", max_queries)
+    step = Step([(9, 9), (7, 20)])
+    result = step.attend(sliding_window=sliding_window, soft_cap=soft_cap).double()
+    torch.testing.assert_close(result, step.expected(sliding_window, soft_cap), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_share_a_step_whatever_their_windows():
+    step = Step(STEPS["mixed"])
+    for sliding_window in (None, 3, None, 3):
+        expected = step.expected(sliding_window)
+        torch.testing.assert_close(step.attend(sliding_window=sliding_window).double(), expected, atol=1e-5, rtol=1e-5)
+    assert len(step.metadata.plans) == 2
+
+
+def test_a_long_prompt_with_a_window():
+    """Long enough that whole tiles of keys are masked for a query."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, window = 1100, 70
+    key_cache, value_cache = torch.randn(2, 69, 1, 16, 8, generator=generator)
+    query = torch.randn(num_tokens, 2, 8, generator=generator)
+    metadata = ops.AttentionMetadata.build(
+        [num_tokens], [num_tokens], torch.arange(69, dtype=torch.int32)[None], torch.full((num_tokens,), -1)
+    )
+    key, value = (c.transpose(1, 2).reshape(-1, 8)[:num_tokens].double() for c in (key_cache, value_cache))
+    distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
+    scores = torch.einsum("thd,sd->hts", query.double(), key) * 0.3
+    scores.masked_fill_((distance < 0) | (distance >= window), -math.inf)
+    expected = torch.einsum("hts,sd->thd", scores.softmax(-1), value)
+    result = ops.paged_attention(query, key_cache, value_cache, metadata, scale=0.3, sliding_window=window)
+    torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_strided_inputs():
+    step = Step(STEPS["mixed"])
+    fused = torch.randn(step.query.shape[0], 10, 8)
+    fused[:, :6] = step.query
+    result = ops.paged_attention(fused[:, :6], step.key_cache, step.value_cache, step.metadata, scale=0.3)
+    torch.testing.assert_close(result, step.attend())
+    caches = make_caches(2, 8)
+    ops.write_kv_cache(fused[:, 6:8], fused[:, 8:], *caches, step.metadata.slot_mapping)
+    for cache, written in zip(caches, (fused[:, 6:8], fused[:, 8:]), strict=True):
+        for token, slot in enumerate(step.metadata.slot_mapping.tolist()):
+            assert torch.equal(cache[slot // BLOCK_SIZE, :, slot % BLOCK_SIZE], written[token])
+
+
+def test_skipped_slots_write_nothing():
+    caches = make_caches(2, 8)
+    key, value = torch.randn(2, 3, 2, 8)
+    ops.write_kv_cache(key, value, *caches, torch.tensor([-1, 5, -1]))
+    for cache, written in zip(caches, (key, value), strict=True):
+        assert torch.equal(cache[1, :, 1], written[1])
+        assert cache.isnan().sum() == cache.numel() - written[1].numel()
+
+
+def test_a_row_of_nan_stays_alone():
+    step = Step([(1, 6), (4, 9), (1, 7)])
+    clean = step.attend()
+    slots = step.metadata.slot_mapping
+    step.value_cache[int(slots[5]) // BLOCK_SIZE] = float("nan")
+    step.key_cache[int(slots[5]) // BLOCK_SIZE] = float("nan")
+    result = step.attend()
+    assert result[5].isnan().all()
+    assert torch.equal(result[:5], clean[:5])
+
+
+def test_metadata_reads_its_numbers_back():
+    built = Step(STEPS["mixed"]).metadata
+    plain = ops.AttentionMetadata(
+        query_start_loc=built.query_start_loc,
+        seq_lens=built.seq_lens,
+        block_tables=built.block_tables,
+        slot_mapping=built.slot_mapping,
+        max_query_len=6,
+        max_seq_len=33,
+    )
+    assert plain.host_query_start_loc == built.host_query_start_loc == [0, 1, 7, 8, 11, 12, 14]
+    assert plain.host_seq_lens == built.host_seq_lens == [12, 6, 5, 21, 33, 2]
+    assert (plain.num_requests, plain.num_tokens) == (6, 14)
+
+
+def metadata_fields(**changes) -> dict:
+    fields = {
+        "query_start_loc": torch.tensor([0, 1, 3], dtype=torch.int32),
+        "seq_lens": torch.tensor([4, 2], dtype=torch.int32),
+        "block_tables": torch.zeros((2, 1), dtype=torch.int32),
+        "slot_mapping": torch.tensor([3, 4, 5]),
+        "max_query_len": 2,
+        "max_seq_len": 4,
+    }
+    return fields | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query_start_loc": torch.zeros((1, 3), dtype=torch.int32)}, ShapeError, "query_start_loc must have 1 dim"),
+        ({"seq_lens": torch.zeros((), dtype=torch.int32)}, ShapeError, "seq_lens must have 1 dim"),
+        ({"block_tables": torch.zeros(2, dtype=torch.int32)}, ShapeError, "block_tables must have 2 dim"),
+        ({"slot_mapping": torch.zeros((3, 1), dtype=torch.int64)}, ShapeError, "slot_mapping must have 1 dim"),
+        ({"query_start_loc": torch.tensor([0, 1, 3])}, DtypeError, "query_start_loc must be torch.int32"),
+        ({"seq_lens": torch.tensor([4, 2])}, DtypeError, "seq_lens must be torch.int32"),
+        ({"block_tables": torch.zeros((2, 1))}, DtypeError, "block_tables must be torch.int32"),
+        ({"slot_mapping": torch.zeros(3, dtype=torch.int32)}, DtypeError, "slot_mapping must be torch.int64"),
+        ({"query_start_loc": torch.tensor([0, 3], dtype=torch.int32)}, ShapeError, "must have 3 entries, got 2"),
+        ({"block_tables": torch.zeros((3, 1), dtype=torch.int32)}, ShapeError, "must have 2 rows, got 3"),
+        ({"host_seq_lens": [4]}, ShapeError, "as long as their tensors"),
+        ({"host_query_start_loc": [0, 3]}, ShapeError, "as long as their tensors"),
+        ({"query_start_loc": torch.tensor([1, 1, 3], dtype=torch.int32)}, ShapeError, "goes from 1 to 3"),
+        ({"slot_mapping": torch.tensor([3, 4])}, ShapeError, "0 to the 2 tokens"),
+        ({"query_start_loc": torch.tensor([0, 5, 3], dtype=torch.int32)}, ShapeError, "row 0 has 5 queries"),
+        ({"seq_lens": torch.tensor([4, 1], dtype=torch.int32)}, ShapeError, "row 1 has 2 queries in a context of 1"),
+        ({"max_query_len": 3}, ShapeError, "max_query_len is 2, not 3"),
+        ({"max_seq_len": 3}, ShapeError, "max_seq_len is 4, not 3"),
+    ],
+)
+def test_metadata_that_does_not_fit(changes, error, message):
+    with pytest.raises(error, match=message):
+        ops.AttentionMetadata(**metadata_fields(**changes))
+
+
+BAD_CACHES = [
+    (lambda c: (c[0][0], c[1][0]), ShapeError, "must be .num_blocks, Hkv, block_size, D"),
+    (lambda c: (c[0], c[1][1:]), ShapeError, "must be .num_blocks, Hkv, block_size, D"),
+    (lambda c: (c[0][..., :4].contiguous(), c[1][..., :4].contiguous()), ShapeError, "heads of 4 dimensions, got 8"),
+    (lambda c: (c[0][:, :, ::2], c[1][:, :, ::2]), ShapeError, "must be contiguous"),
+    (lambda c: (c[0].half(), c[1]), DtypeError, "caches hold torch.float16 and torch.float32"),
+    (lambda c: (c[0], c[1].half()), DtypeError, "caches hold torch.float32 and torch.float16"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_CACHES)
+def test_caches_that_do_not_fit(change, error, message):
+    step = Step([(1, 4)])
+    caches = change((step.key_cache, step.value_cache))
+    with pytest.raises(error, match=message):
+        ops.paged_attention(step.query, *caches, step.metadata, scale=1.0)
+    key = torch.zeros(1, 2, 8)
+    with pytest.raises(error, match=message):
+        ops.write_kv_cache(key, key, *caches, step.metadata.slot_mapping)
+
+
+@pytest.mark.parametrize(
+    ("query", "options", "error", "message"),
+    [
+        (torch.zeros(2, 6, 8), {}, ShapeError, "with T = 1"),
+        (torch.zeros(1, 48), {}, ShapeError, "with T = 1"),
+        (torch.zeros(1, 6, 8, dtype=torch.int32), {}, DtypeError, "query must be floating point"),
+        (torch.zeros(1, 5, 8), {}, ShapeError, "5 query heads are not a multiple of 2"),
+        (torch.zeros(1, 6, 8), {"sliding_window": 0}, ShapeError, "sliding_window must be at least 1, got 0"),
+        (torch.zeros(1, 6, 8), {"soft_cap": 0.0}, ShapeError, "soft_cap must be positive, got 0.0"),
+    ],
+)
+def test_a_query_that_does_not_fit(query, options, error, message):
+    step = Step([(1, 4)])
+    with pytest.raises(error, match=message):
+        ops.paged_attention(query, step.key_cache, step.value_cache, step.metadata, scale=1.0, **options)
+
+
+def test_block_tables_too_narrow():
+    metadata = ops.AttentionMetadata.build([1], [9], torch.zeros((1, 2), dtype=torch.int32), torch.tensor([0]))
+    with pytest.raises(ShapeError, match="2 columns of 4 tokens cannot hold a context of 9"):
+        ops.paged_attention(torch.zeros(1, 6, 8), *make_caches(2, 8), metadata, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "slots", "error", "message"),
+    [
+        (torch.zeros(2, 16), torch.zeros(2, 16), torch.zeros(2).long(), ShapeError, "must be .T, Hkv, D"),
+        (torch.zeros(2, 2, 8), torch.zeros(1, 2, 8), torch.zeros(2).long(), ShapeError, "must be .T, Hkv, D"),
+        (torch.zeros(2, 1, 8), torch.zeros(2, 1, 8), torch.zeros(2).long(), ShapeError, "1 heads, the cache 2"),
+        (
+            torch.zeros(2, 2, 8),
+            torch.zeros(2, 2, 8),
+            torch.zeros(3).long(),
+            ShapeError,
+            "slot_mapping must be .T. = .2.",
+        ),
+        (torch.zeros(2, 2, 8), torch.zeros(2, 2, 8).half(), torch.zeros(2).long(), DtypeError, "must have one dtype"),
+        (torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.zeros(2).int(), DtypeError, "slot_mapping must be int64"),
+    ],
+)
+def test_keys_that_do_not_fit(key, value, slots, error, message):
+    with pytest.raises(error, match=message):
+        ops.write_kv_cache(key, value, *make_caches(2, 8), slots)
