@@ -93,5 +93,9 @@ def _copy_models(source: Path, target: Path) -> None:
         shutil.copyfile(pbtxt, model / pbtxt.name)
         for version in sorted(item for item in pbtxt.parent.iterdir() if item.name.isdigit()):
             (model / version.name).mkdir()
-            for file in sorted(item for item in version.iterdir() if item.is_file() and item.name != ENGINE_TOML.name):
+            for file in sorted(item for item in version.iterdir() if _is_copied(item)):
                 shutil.copyfile(file, model / version.name / file.name)
+
+
+def _is_copied(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith(".") and file.name != ENGINE_TOML.name
