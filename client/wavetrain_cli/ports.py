@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pwd
@@ -83,10 +84,12 @@ def _socket_owner(*, inode: str, uid: int) -> str:
 
 
 def _open_files(process: Path) -> set[str]:
-    try:
-        return {os.readlink(entry) for entry in (process / "fd").iterdir()}
-    except OSError:  # it ended meanwhile, or belongs to someone else
-        return set()
+    files: set[str] = set()
+    with contextlib.suppress(OSError):  # it ended meanwhile, or belongs to someone else
+        for entry in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                files.add(os.readlink(entry))
+    return files
 
 
 def _read_lines(path: Path, separator: str = "\n") -> list[str]:
