@@ -9,7 +9,6 @@ spans with gaps, tables too short or too long, and writes into blocks that anoth
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from wavetrain_engine.plan import AdmittedRequest, PendingResult, ScheduledRequest, StepPlan, StepResult
 from wavetrain_engine.request import FinishReason, TokenLogprobs
@@ -65,18 +64,25 @@ def sequential_output(
             return output, FinishReason.LENGTH
 
 
-@dataclass
 class _Row:
-    admitted: AdmittedRequest
-    tokens: list[int]
-    contents: list[int]
-    block_ids: list[int]
-    num_computed_tokens: int
-    num_good_tokens: int  # those that finite logits have seen
+    """A request as the executor remembers it. It keeps and grows the plan's own list of tokens, as it may."""
+
+    def __init__(self, admitted: AdmittedRequest) -> None:
+        self.admitted = admitted
+        self.tokens = admitted.token_ids
+        self.contents: list[int] = []  # KV by position
+        self.block_ids: list[int] = []
+        self.num_computed_tokens = admitted.num_computed_tokens
+        self.num_good_tokens = admitted.num_computed_tokens  # those that finite logits have seen
+        for token_id in self.tokens:
+            self._extend(token_id)
 
     def append(self, token_id: int) -> None:
-        self.contents.append(_mix(self.contents[-1] if self.contents else _ROOT, token_id))
         self.tokens.append(token_id)
+        self._extend(token_id)
+
+    def _extend(self, token_id: int) -> None:
+        self.contents.append(_mix(self.contents[-1] if self.contents else _ROOT, token_id))
 
 
 class _Pending(PendingResult):
@@ -116,6 +122,7 @@ class FakeExecutor:
         self.eos = eos
         self.nan_token_id = nan_token_id
         self.fails_at_step = fails_at_step
+        self.is_checking_reads = True  # takes the square of the length; long traces do without
         self.plans: list[StepPlan] = []
         self.num_shutdowns = 0
         self._queue: list[StepPlan] = []
@@ -166,10 +173,8 @@ class FakeExecutor:
                 self._holders[block_id].discard(request_id)
         for admitted in plan.admitted:
             assert admitted.request_id not in self._rows, "admitted twice"
-            row = _Row(admitted, [], [], [], admitted.num_computed_tokens, admitted.num_computed_tokens)
+            row = _Row(admitted)
             assert admitted.num_computed_tokens < len(admitted.token_ids), "nothing left to compute"
-            for token_id in admitted.token_ids:
-                row.append(token_id)
             self._rows[admitted.request_id] = row
             self._hold(row, admitted.block_ids)
         assert len(self._rows) <= self.max_num_seqs, "more rows than seats"
@@ -204,7 +209,7 @@ class FakeExecutor:
     def _read(self, index: int, scheduled: ScheduledRequest, result: StepResult) -> None:
         row, params = self._rows[scheduled.request_id], self._rows[scheduled.request_id].admitted.sampling_params
         start, end = scheduled.num_computed_tokens, row.num_computed_tokens
-        for position in range(end):
+        for position in range(end if self.is_checking_reads else 0):
             slot = self._slot(row, position)
             assert self._slots.get(slot) == row.contents[position], "a slot holds another prefix than the row's"
             assert self._bad_slots.get(slot, row) is row, "a failed request's KV is read"

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from fakes.core import CoreHarness
-from fakes.executor import sequential_output
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from fakes.core import CoreHarness
+from fakes.executor import sequential_output
 from wavetrain_engine.errors import ErrorCode, QueueFull
 from wavetrain_engine.request import FinishReason
 from wavetrain_engine.sampling_params import SamplingParams
