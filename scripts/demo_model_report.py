@@ -211,7 +211,7 @@ def _recipe(facts: Facts) -> str:
 - Documents are `<|bos|>` … `<|eos|>`. Functions of up to 40 lines are seen a second time as a conversation, in which
   their docstring asks and their source answers, so that the chat template has a use.
 - {facts.steps:,} steps of {facts.tokens_per_step:,} tokens, {seen / 1e6:.1f} million in all: {passes:.1f} times the
-  {facts.num_train_tokens:,} training tokens. Context {short}, and {long} for the last 15 %.
+  {facts.num_train_tokens:,} training tokens. Context {short}; after 40 % of the run, {long} in one step of four.
 - AdamW (0.9, 0.95), weight decay 0.1, gradients clipped at 1, peak learning rate {rate}, 100 steps of
   warm-up, cosine to 2 %, bf16 autocast over float32 weights. The draft: {facts.draft_steps:,} steps at {draft_rate}.
 - {facts.minutes:.0f} minutes, and {facts.draft_minutes:.0f} for the draft, on {facts.threads} CPU threads shared
