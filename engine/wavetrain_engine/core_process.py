@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine core's process: loads the model, then runs the engine loop on the main thread.
+
+This is a composition root: the only place where the socket, the scheduler and the worker meet. It is
+started by the first Triton model that needs it and ends by itself (see ipc/core_socket.py).
+
+While it loads, its log has lines that `wavetrain serve` draws a progress bar from:
+
+    wavetrain-progress {"phase": "weights", "done": 1048576, "total": 12582912}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from wavetrain_engine.config import EngineConfig
+from wavetrain_engine.core.engine_core import EngineCore
+from wavetrain_engine.core.engine_loop import EngineLoop
+from wavetrain_engine.environment import Environment
+from wavetrain_engine.errors import ErrorCode, WavetrainError
+from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.ipc.core_socket import CoreSocket
+from wavetrain_engine.ipc.runtime_dir import RuntimeDir
+from wavetrain_engine.plan import Executor
+
+_LOGGER = logging.getLogger(__name__)
+# Weights come in thousands of small steps; a bar needs a few a second.
+_PROGRESS_INTERVAL_S = 0.1
+
+Progress = Callable[[str, int, int], None]
+LoadExecutor = Callable[[EngineConfig, Progress], tuple[Executor, EngineFacts]]
+
+
+class _ServerLogFormatter(logging.Formatter):
+    """As the Triton server's lines, so that one log reads as one: `I1120 16:30:14.175802 8881 file.py:12] "..."`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.localtime(record.created)
+        stamp = f"{time.strftime('%m%d %H:%M:%S', moment)}.{int(record.created % 1 * 1e6):06d}"
+        text = f'{record.levelname[0]}{stamp} {os.getpid()} {record.filename}:{record.lineno}] "{record.getMessage()}"'
+        if record.exc_info is not None:
+            text += "\n" + self.formatException(record.exc_info)
+        return text
+
+
+def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = None) -> int:
+    """Runs the core until its server or its last model has gone. Returns the exit status.
+
+    `load` replaces the worker, so that tests can run the process without torch.
+    """
+    options = _parse(arguments)
+    _log_to_stderr()
+    runtime_dir = RuntimeDir(options.runtime_dir)
+    socket = CoreSocket(runtime_dir.socket_address(os.getpid()), options.server_pid)
+    socket.install_signal_handlers()
+    try:
+        config = EngineConfig.load(options.engine_config)
+        executor, facts = (load or _load_worker)(config, _progress_reporter(socket))
+    except WavetrainError as error:
+        _LOGGER.error("%s: %s", type(error).__name__, error)
+        socket.report_load_failure(error.code, str(error))
+        socket.close()
+        return 1
+    except SystemExit:  # everybody has left while it loaded
+        socket.close()
+        return 0
+    except (MemoryError, RuntimeError, OSError) as error:
+        # torch reports exhausted memory and broken devices as RuntimeError.
+        _LOGGER.exception("the model could not be loaded")
+        socket.report_load_failure(ErrorCode.INTERNAL, f"the model could not be loaded: {type(error).__name__}")
+        socket.close()
+        return 1
+    try:
+        core = EngineCore(config, facts, executor)
+        socket.report_ready(facts, core.stats)
+        _LOGGER.info("the engine core is ready: %d KV-cache blocks of %d tokens", facts.num_blocks, facts.block_size)
+        EngineLoop(core, socket, socket.emit).run()
+    finally:
+        executor.shutdown()
+        socket.close()
+    return 0
+
+
+def _load_worker(config: EngineConfig, progress: Progress) -> tuple[Executor, EngineFacts]:
+    # Imported late: torch takes seconds to import, and clients may say Hello meanwhile.
+    import torch
+
+    from wavetrain_engine.worker.load import load_executor
+
+    torch.set_num_threads(_num_physical_cores())
+    return load_executor(config, progress=progress)
+
+
+def _num_physical_cores() -> int:
+    """The cores this process may use, hyperthreads counted once: two threads of one core only share its units."""
+    usable = os.sched_getaffinity(0)
+    cores: set[str] = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text(encoding="utf-8"))
+        except OSError:
+            return len(usable)
+    return max(1, len(cores))
+
+
+def _progress_reporter(socket: CoreSocket) -> Progress:
+    last_s = -1.0
+
+    def report(phase: str, done: int, total: int) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if now_s - last_s < _PROGRESS_INTERVAL_S and done < total:
+            return
+        last_s = now_s
+        line = json.dumps({"phase": phase, "done": done, "total": total})
+        sys.stderr.write(f"wavetrain-progress {line}\n")
+        sys.stderr.flush()
+        socket.report_progress(phase, done, total)
+
+    return report
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_ServerLogFormatter())
+    logging.basicConfig(level=Environment.read().log_level.upper(), handlers=[handler])
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="wavetrain_engine.core_process", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--engine-config", type=Path, required=True, help="the engine.toml to load")
+    parser.add_argument("--runtime-dir", type=Path, required=True, help="where the models look for the socket")
+    parser.add_argument("--server-pid", type=int, required=True, help="the Triton server; the core ends with it")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's end of the socket: attaches to the engine core, starts it where needed, survives its death.
+
+One I/O thread owns the socket. Callers of other threads leave frames in an outbox and wake it. Invariants:
+    1. every submitted request gets updates that end with exactly one with a finish reason, whatever happens;
+       when the core dies that is a `dead` error, sent at once
+    2. a request is only ever sent to the core that was alive when it was submitted: each core has a socket of
+       its own, so nothing waits in a queue for its successor
+    3. a core that crashed is started again, later and later the sooner it crashes; one that cannot load is not
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import zmq
+
+from wavetrain_engine.command import Add, Cancel
+from wavetrain_engine.errors import CheckpointError, EngineDead, ErrorCode, WavetrainError
+from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.ipc.core_launcher import CoreLauncher
+from wavetrain_engine.ipc.frames import (
+    ClientFrame,
+    CoreFrame,
+    GetStats,
+    Goodbye,
+    Hello,
+    LoadFailed,
+    Progress,
+    Ready,
+    Stats,
+    Updates,
+    decode_core_frame,
+    encode,
+)
+from wavetrain_engine.ipc.process_watch import ProcessWatch
+from wavetrain_engine.ipc.runtime_dir import RuntimeDir
+from wavetrain_engine.request import EngineRequest, FinishReason, RequestUpdate
+from wavetrain_engine.stats import EngineStats
+
+_LOGGER = logging.getLogger(__name__)
+Sink = Callable[[RequestUpdate], None]
+
+MAX_RESTART_DELAY_S = 30.0
+_FIRST_RESTART_DELAY_S = 0.5
+# A core that ran this long has not crashed in a loop: the next restart is immediate again.
+_STABLE_AFTER_S = 60.0
+_MAX_CRASHES_WHILE_LOADING = 3
+_POLL_INTERVAL_MS = 500
+_CLOSE_TIMEOUT_S = 10.0
+
+_DIED = "the engine core died; send the request again"
+_RESTARTING = "the engine core is restarting; try again"
+_LOST = "the engine core cannot be loaded again; the server has to be restarted, its log says why"
+
+
+class CoreClient:
+    """Submits requests to the engine core of this server and hands the updates to their sinks.
+
+    `submit`, `cancel` and `read_stats` may be called from any thread. Sinks are called on the I/O thread, in
+    order; they must be quick and must not raise.
+    """
+
+    def __init__(
+        self, engine_config: Path, runtime_dir: RuntimeDir, server_pid: int, command: Sequence[str] = ()
+    ) -> None:
+        """Prepares, starts nothing. `command` replaces the core process's command line, for tests."""
+        self._runtime_dir = runtime_dir
+        self._launcher = CoreLauncher(engine_config, runtime_dir, server_pid, command)
+        self._lock = threading.Lock()
+        self._pending: dict[str, Sink] = {}
+        self._tickets: dict[int, Future[EngineStats]] = {}
+        self._last_ticket = 0
+        self._outbox: deque[ClientFrame] = deque()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._facts: EngineFacts | None = None
+        self._core_pid: int | None = None
+        self._load_error: WavetrainError | None = None
+        self._is_ready = False
+        self._is_closing = False
+        self._settled = threading.Event()  # ready, or never to be
+        self._num_crashes = 0
+        self._clients_lock: int | None = None
+        self._thread = threading.Thread(target=self._run, name="core-client", daemon=True)
+
+    def start(self) -> EngineFacts:
+        """Attaches to the core, starting it where none runs, and waits until it is loaded.
+
+        Raises:
+            CheckpointError: the engine cannot be loaded; the message is the core's.
+            EngineDead: the core crashed again and again while it loaded.
+        """
+        self._clients_lock = self._runtime_dir.join_clients()
+        self._thread.start()
+        self._settled.wait()
+        if self._load_error is not None:
+            raise self._load_error
+        return self.facts
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine found out at load.
+
+        Raises:
+            EngineDead: it has never been loaded.
+        """
+        if self._facts is None:
+            raise EngineDead(_RESTARTING)
+        return self._facts
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken now. Costs nothing; suits a readiness hook."""
+        return self._is_ready
+
+    @property
+    def core_pid(self) -> int | None:
+        """The running core's process id; None while there is none."""
+        return self._core_pid
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        """Hands a request to the core; `sink` gets its updates from now on.
+
+        Raises:
+            EngineDead: there is no core right now; the sink is never called.
+        """
+        with self._lock:
+            if not self._is_ready:
+                raise EngineDead(_RESTARTING if self._load_error is None else _LOST)
+            self._pending[request.request_id] = sink
+            self._outbox.append(Add(request=request))
+        os.eventfd_write(self._wakeup, 1)
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Ends requests; each still gets its last update. Unknown and finished ones are no error."""
+        with self._lock:
+            if not self._is_ready:
+                return
+            self._outbox.append(Cancel(request_ids=list(request_ids)))
+        os.eventfd_write(self._wakeup, 1)
+
+    def read_stats(self, timeout_s: float = 5.0) -> EngineStats:
+        """Asks the core for its counters.
+
+        Raises:
+            EngineDead: there is no core, or it died before it answered.
+            concurrent.futures.TimeoutError: it did not answer in time.
+        """
+        future: Future[EngineStats] = Future()
+        with self._lock:
+            if not self._is_ready:
+                raise EngineDead(_RESTARTING)
+            self._last_ticket += 1
+            ticket = self._last_ticket
+            self._tickets[ticket] = future
+            self._outbox.append(GetStats(ticket=ticket))
+        os.eventfd_write(self._wakeup, 1)
+        try:
+            return future.result(timeout_s)
+        finally:
+            self._tickets.pop(ticket, None)
+
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Leaves the core, and ends it where nobody else needs it: by itself if it will, else by force.
+
+        Pending requests end with `cancelled`. Returns within about `timeout_s`. Idempotent.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        with self._lock:
+            was_closing, self._is_closing = self._is_closing, True
+        if was_closing:
+            return
+        os.eventfd_write(self._wakeup, 1)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        if self._clients_lock is not None and self._runtime_dir.leave_clients(self._clients_lock):
+            self._launcher.end_core(max(0.5, deadline_s - time.monotonic()))
+            self._runtime_dir.remove()
+        os.close(self._wakeup)
+
+    def _run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            while not self._is_closing and self._load_error is None:
+                started_s = time.monotonic()
+                core_pid = self._launcher.find_or_start()
+                self._serve(context, core_pid)
+                self._after_core(time.monotonic() - started_s)
+        except Exception as error:  # a thread that dies silently would leave every caller waiting
+            _LOGGER.exception("the connection to the engine core failed")
+            self._give_up(EngineDead(f"the connection to the engine core failed: {type(error).__name__}"))
+        finally:
+            context.destroy(linger=500)
+
+    def _serve(self, context: zmq.Context[zmq.Socket[bytes]], core_pid: int) -> None:
+        """Speaks with one core until it dies or we leave."""
+        watch = ProcessWatch(core_pid)
+        dealer = context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.RCVHWM, 0)
+        # The core binds its socket a moment after it was started.
+        dealer.setsockopt(zmq.RECONNECT_IVL, 20)
+        dealer.connect(self._runtime_dir.socket_address(core_pid))
+        poller = zmq.Poller()
+        poller.register(dealer, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
+        descriptor = watch.fileno()
+        if descriptor is not None:
+            poller.register(descriptor, zmq.POLLIN)
+        try:
+            dealer.send(encode(Hello(pid=os.getpid())))
+            while not self._is_closing:
+                ready = dict(poller.poll(_POLL_INTERVAL_MS))
+                if dealer in ready:
+                    self._receive(dealer)
+                if self._wakeup in ready:
+                    os.eventfd_read(self._wakeup)
+                    self._flush_outbox(dealer)
+                if (descriptor in ready) if descriptor is not None else not watch.is_alive():
+                    self._receive(dealer)  # its last words
+                    return
+            self._flush_outbox(dealer)
+            dealer.send(encode(Goodbye()))
+        finally:
+            watch.close()
+            dealer.close(linger=500)
+
+    def _flush_outbox(self, dealer: zmq.Socket[bytes]) -> None:
+        while self._outbox:
+            dealer.send(encode(self._outbox.popleft()))
+
+    def _receive(self, dealer: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                message = dealer.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(decode_core_frame(message))
+
+    def _handle(self, frame: CoreFrame) -> None:
+        match frame:
+            case Updates():
+                for update in frame.updates:
+                    self._deliver(update)
+            case Ready():
+                with self._lock:
+                    self._facts, self._core_pid, self._is_ready = frame.facts, frame.core_pid, True
+                self._settled.set()
+            case Progress():
+                _LOGGER.debug("the engine loads: %s %d of %d", frame.phase, frame.done, frame.total)
+            case LoadFailed():
+                self._give_up(_load_error(frame))
+            case Stats():
+                future = self._tickets.pop(frame.ticket, None)
+                if future is not None:
+                    future.set_result(frame.stats)
+
+    def _deliver(self, update: RequestUpdate) -> None:
+        if update.finish_reason is not None:
+            sink = self._pending.pop(update.request_id, None)
+        else:
+            sink = self._pending.get(update.request_id)
+        if sink is not None:
+            sink(update)
+
+    def _after_core(self, lived_s: float) -> None:
+        """Ends what was pending with the core that is gone, and waits before the next one."""
+        was_ready = self._is_ready
+        with self._lock:
+            self._is_ready, self._core_pid = False, None
+            self._outbox.clear()
+            pending, self._pending = self._pending, {}
+            tickets, self._tickets = self._tickets, {}
+        for future in tickets.values():
+            future.set_exception(EngineDead(_DIED))
+        code, message = (
+            (ErrorCode.CANCELLED, "the server is shutting down") if self._is_closing else (ErrorCode.DEAD, _DIED)
+        )
+        reason = FinishReason.CANCELLED if self._is_closing else FinishReason.ERROR
+        for request_id, sink in pending.items():
+            sink(RequestUpdate(request_id=request_id, finish_reason=reason, error_code=code, error=message))
+        if self._is_closing or self._load_error is not None:
+            return
+        self._num_crashes = 1 if was_ready and lived_s > _STABLE_AFTER_S else self._num_crashes + 1
+        _LOGGER.error("the engine core died with %d requests running", len(pending))
+        if self._facts is None and self._num_crashes >= _MAX_CRASHES_WHILE_LOADING:
+            self._give_up(EngineDead("the engine core crashed while it loaded; its log says why"))
+            return
+        self._wait_before_restart()
+
+    def _wait_before_restart(self) -> None:
+        # The first restart is immediate: a lone crash should cost no more than the load.
+        delay_s = 0.0
+        if self._num_crashes > 1:
+            delay_s = min(MAX_RESTART_DELAY_S, _FIRST_RESTART_DELAY_S * 2 ** (self._num_crashes - 2))
+        deadline_s = time.monotonic() + delay_s
+        while not self._is_closing and time.monotonic() < deadline_s:
+            time.sleep(min(0.05, delay_s))
+
+    def _give_up(self, error: WavetrainError) -> None:
+        _LOGGER.error("the engine cannot be loaded: %s", error)
+        with self._lock:
+            self._is_ready = False
+            self._load_error = error
+        self._settled.set()
+
+
+def _load_error(frame: LoadFailed) -> WavetrainError:
+    # The class is lost on the way; the message already says which file or key it was.
+    return CheckpointError(frame.message) if frame.code is ErrorCode.INVALID else EngineDead(frame.message)

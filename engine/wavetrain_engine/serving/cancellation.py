@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests run now, and who of their callers has given up.
+
+Asking whether a call was cancelled is a round trip to the server, about as dear as a response. So one thread asks
+for all requests in a sweep, and it sleeps while there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from wavetrain_engine.serving.live_request import LiveRequest
+
+_LOGGER = logging.getLogger(__name__)
+_INTERVAL_S = 0.05
+# With many requests a sweep takes long; it may take this share of the time, up to the longest interval.
+_MAX_SHARE = 0.1
+_MAX_INTERVAL_S = 0.4
+
+
+class LiveRequests:
+    """The running requests of one model, with the sweep over them."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._requests: set[LiveRequest] = set()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._sweep_forever, name="cancellation", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, live: LiveRequest) -> None:
+        """Watches a request from now on."""
+        with self._condition:
+            self._requests.add(live)
+            self._condition.notify()
+
+    def remove(self, live: LiveRequest) -> None:
+        """Forgets a request that has ended. Idempotent."""
+        with self._condition:
+            self._requests.discard(live)
+
+    def stop(self, request_id: str) -> int:
+        """Ends all requests with this client-given id; returns how many there were."""
+        with self._condition:
+            named = [live for live in self._requests if live.request_id == request_id]
+        for live in named:
+            live.cancel()
+        return len(named)
+
+    def close(self, timeout_s: float) -> None:
+        """Ends the sweep. Idempotent."""
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify()
+        self._thread.join(timeout_s)
+
+    def _sweep_forever(self) -> None:
+        cancelled: set[LiveRequest] = set()
+        while True:
+            with self._condition:
+                while not self._requests and not self._is_closed:
+                    self._condition.wait()
+                if self._is_closed:
+                    return
+                requests = [live for live in self._requests if live not in cancelled]
+                cancelled &= self._requests
+            started_s = time.monotonic()
+            for live in requests:
+                if self._is_cancelled(live):
+                    live.cancel()
+                    cancelled.add(live)
+            took_s = time.monotonic() - started_s
+            time.sleep(min(_MAX_INTERVAL_S, max(_INTERVAL_S, took_s / _MAX_SHARE)))
+
+    @staticmethod
+    def _is_cancelled(live: LiveRequest) -> bool:
+        try:
+            return live.is_cancelled_by_client()
+        except Exception:  # the request ended between the snapshot and the question
+            _LOGGER.debug("a request could not be asked for cancellation", exc_info=True)
+            return False

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the stateless detokenizer of the ensemble needs for each chunk, so that its text is exactly `llm`'s.
+
+The engine's process follows the text anyway, for stop strings. Per response it sends a window: some ids, the tail
+of ids before them, and which characters of `delta_text(tail, ids)` are the chunk's text. Held-back text (what may
+still become a stop string) and text cut at a stop string are just characters outside of the span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wavetrain_engine.text.detokenizer import delta_text, next_tail
+from wavetrain_engine.text.tokenizer import Tokenizer
+
+_PROMPT_TAIL_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """One chunk's text is `window_text(tokenizer, window)`.
+
+    Attributes:
+        start, end: the chunk's characters in the window's text.
+        is_final: the sequence has ended, so an unfinished character is text too.
+    """
+
+    tail_ids: list[int]
+    token_ids: list[int]
+    start: int
+    end: int
+    is_final: bool
+
+
+def window_text(tokenizer: Tokenizer, window: Window) -> str:
+    """The text of a chunk; the detokenizer's whole work."""
+    text = delta_text(tokenizer, window.tail_ids, window.token_ids, is_final=window.is_final)
+    return text[window.start : window.end]
+
+
+class WindowTracker:
+    """Follows one sequence and makes its windows. Not thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        # As Detokenizer begins after a prompt.
+        state = tokenizer.decoding_state(skip_special_tokens=True)
+        state.push(tokenizer.visible_tail(prompt_token_ids, _PROMPT_TAIL_TOKENS, skip_special_tokens=True))
+        state.settle()
+        self._tail_ids = list(state.tail)
+        self._token_ids: list[int] = []
+        self._num_sent_chars = 0
+
+    def advance(self, token_ids: Sequence[int], text: str, *, is_final: bool) -> Window:
+        """The window of a chunk.
+
+        Args:
+            token_ids: the ids since the last chunk, without a last one that has no text (EOS, stop token).
+            text: what the chunk is to say.
+        """
+        self._token_ids += token_ids
+        start = self._num_sent_chars
+        window = Window(
+            tail_ids=self._tail_ids,
+            token_ids=list(self._token_ids),
+            start=start,
+            end=start + len(text),
+            is_final=is_final,
+        )
+        self._num_sent_chars += len(text)
+        self._shorten()
+        return window
+
+    def _shorten(self) -> None:
+        """Lets go of the ids whose text was sent completely: the next window begins after them."""
+        certain = delta_text(self._tokenizer, self._tail_ids, self._token_ids)
+        if len(certain) == self._num_sent_chars:
+            self._tail_ids = next_tail(self._tokenizer, self._tail_ids, self._token_ids)
+            self._token_ids = []
+            self._num_sent_chars = 0

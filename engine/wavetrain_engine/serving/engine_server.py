@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model `engine`: token ids in, token ids out, with TensorRT-LLM's tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
+
+from wavetrain_engine.errors import RequestError, WavetrainError
+from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.sampling_params import SamplingParams
+from wavetrain_engine.serving.contracts import DETOKENIZER_SPAN, ENGINE, NEVER_MAPPED_OUTPUT
+from wavetrain_engine.serving.engine_writer import EngineWriter
+from wavetrain_engine.serving.error_codes import error_response
+from wavetrain_engine.serving.generation import Generation
+from wavetrain_engine.serving.live_request import LiveSequence
+from wavetrain_engine.serving.model_files import ModelFiles
+from wavetrain_engine.serving.request_parameters import RequestParameters
+from wavetrain_engine.serving.row_inputs import (
+    RowInputs,
+    bias_params,
+    check_inputs,
+    end_id_params,
+    legacy_sampling_params,
+    merge_params,
+    read_row,
+    split_word_list,
+    stop_word_params,
+)
+from wavetrain_engine.serving.tensors import RequestTensors
+from wavetrain_engine.serving.triton_model import TritonModel
+from wavetrain_engine.text.tokenizer import Tokenizer
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class EngineServer(TritonModel):
+    """Decoupled; rows of a batch run as requests of their own."""
+
+    _generation: Generation | None = None
+    _tokenizer: Tokenizer | None = None
+    _facts: EngineFacts
+
+    def start(self, files: ModelFiles) -> None:
+        """Attaches to the core. The tokenizer serves stop words and the ensemble's detokenizer."""
+        self._tokenizer = files.load_tokenizer()
+        self._generation = Generation(files.core_client(self.core_command))
+        self._facts = self._generation.start()
+
+    def is_ready(self) -> bool:
+        """Triton's readiness hook (servers since 2026; older ones do not ask)."""
+        return self._generation is not None and self._generation.is_ready
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Starts each request and returns; responses come from the sender threads."""
+        for request in requests:
+            self._start_or_refuse(request)
+
+    def finalize(self) -> None:
+        """Ends the model, and the core if no other model needs it."""
+        if self._generation is not None:
+            self._generation.close()
+
+    def _start_or_refuse(self, request: Any) -> None:
+        try:
+            self._start_request(request)
+        except Exception as error:
+            if not isinstance(error, WavetrainError):
+                _LOGGER.exception("a request could not be started")
+            sender = request.get_response_sender()
+            sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _start_request(self, request: Any) -> None:
+        if self._generation is None:
+            raise RequestError("the model is not loaded")
+        tensors = RequestTensors(request, has_batch_dimension=True)
+        rows = [read_row(tensors, ENGINE, row) for row in range(tensors.num_rows)]
+        if any(row.options.stop for row in rows):
+            self._generation.stop(request)
+            return
+        check_inputs(tensors, ENGINE)
+        if len({row.options.stream for row in rows}) > 1:
+            raise RequestError("streaming must be the same for all rows of a batch")
+        parameters = RequestParameters.read(request)
+        parameters.refuse_others()
+        has_detokenizer = self._is_from_ensemble(request)
+        sequences: list[LiveSequence] = []
+        for inputs in rows:
+            params = self._sampling_params(tensors, inputs)
+            needs_text = has_detokenizer or params.stop
+            sequences += self._generation.sequences(
+                row=inputs.row,
+                prompt_token_ids=_prompt_token_ids(tensors, inputs.row),
+                params=params,
+                parameters=parameters,
+                options=inputs.options,
+                tokenizer=self._tokenizer if needs_text else None,
+            )
+        writer = EngineWriter(sequences, self._tokenizer if has_detokenizer else None)
+        self._generation.run(request, sequences, writer)
+
+    def _is_from_ensemble(self, request: Any) -> bool:
+        # A client that names no outputs asks for all, the detokenizer's inputs too, which are of no use to it.
+        requested = request.requested_output_names()
+        return DETOKENIZER_SPAN in requested and NEVER_MAPPED_OUTPUT not in requested
+
+    def _sampling_params(self, tensors: RequestTensors, inputs: RowInputs) -> SamplingParams:
+        row, vocab_size = inputs.row, self._facts.vocab_size
+        _check_pad_id(tensors.scalar("pad_id", row), vocab_size)
+        bad_words = split_word_list("bad_words_list", tensors.row("bad_words_list", row))
+        extra = merge_params(
+            end_id_params(tensors.scalar("end_id", row), vocab_size),
+            self._stop_params(tensors, row),
+            bias_params(tensors.row("embedding_bias", row), vocab_size),
+            {"bad_words_token_ids": bad_words},
+        )
+        return legacy_sampling_params(inputs, extra)
+
+    def _stop_params(self, tensors: RequestTensors, row: int) -> dict[str, Any]:
+        words = split_word_list("stop_words_list", tensors.row("stop_words_list", row))
+        texts = tensors.texts("stop_words", row)
+        if not words and not texts:
+            return {}
+        if self._tokenizer is None:
+            raise RequestError("stop words need a tokenizer, and this model is served without one")
+        # Words are matched on text, so that one is found however the model cuts it into tokens.
+        texts += [self._tokenizer.decode(word, skip_special_tokens=False) for word in words]
+        return stop_word_params(texts, self._tokenizer)
+
+
+def _prompt_token_ids(tensors: RequestTensors, row: int) -> list[int]:
+    token_ids = tensors.token_ids("input_ids", row) or []
+    length = tensors.scalar("input_lengths", row)
+    if length is None or not 0 <= length <= len(token_ids):
+        raise RequestError(f"input_lengths must be between 0 and the number of input_ids ({len(token_ids)})")
+    return token_ids[:length]
+
+
+def _check_pad_id(pad_id: int | None, vocab_size: int) -> None:
+    # Nothing is padded: each response is about one sequence. So a sound value has nothing to act on.
+    if pad_id is not None and not -1 <= pad_id < vocab_size:
+        raise RequestError(f"pad_id must be a token id below {vocab_size}, or -1, got {pad_id}")

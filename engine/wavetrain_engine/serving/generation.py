@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests in, responses out: what `engine` and `llm` share once the tensors are read."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
+
+from wavetrain_engine.errors import EngineDead, RequestError
+from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.fan_out import child_requests, resolve_params
+from wavetrain_engine.ipc.core_client import CoreClient
+from wavetrain_engine.request import EngineRequest, FinishReason, RequestUpdate
+from wavetrain_engine.sampling_params import SamplingParams
+from wavetrain_engine.serving.cancellation import LiveRequests
+from wavetrain_engine.serving.live_request import LiveRequest, LiveSequence, ResponseWriter
+from wavetrain_engine.serving.request_parameters import RequestParameters
+from wavetrain_engine.serving.responses import SenderPool
+from wavetrain_engine.serving.row_inputs import RowOptions
+from wavetrain_engine.text.text_stream import TextStream
+from wavetrain_engine.text.tokenizer import Tokenizer
+
+_FINALIZE_TIMEOUT_S = 8.0
+
+
+class Generation:
+    """Runs the Triton requests of one model on the engine core."""
+
+    def __init__(self, client: CoreClient) -> None:
+        self._client = client
+        self._pool: SenderPool | None = None
+        self._live: LiveRequests | None = None
+        self._prefix = f"{os.getpid():x}"
+        self._count = itertools.count()
+
+    def start(self) -> EngineFacts:
+        """Attaches to the core. Raises what CoreClient.start raises."""
+        facts = self._client.start()
+        self._pool, self._live = SenderPool(), LiveRequests()
+        return facts
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken now."""
+        return self._client.is_alive
+
+    def sequences(
+        self,
+        *,
+        row: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        parameters: RequestParameters,
+        options: RowOptions,
+        tokenizer: Tokenizer | None,
+        prompt_text: str = "",
+    ) -> list[LiveSequence]:
+        """Makes the sequences of one row, `params.n` of them.
+
+        Raises:
+            InvalidSamplingParams: stop strings or bad words where there is no text.
+        """
+        request = EngineRequest(
+            request_id=f"{self._prefix}-{next(self._count)}",
+            prompt_token_ids=prompt_token_ids,
+            sampling_params=resolve_params(params, tokenizer),
+            priority=parameters.priority,
+            deadline_s=parameters.deadline_s,
+            cache_salt=parameters.cache_salt,
+            arrival_time_ns=time.time_ns(),
+        )
+        return [
+            LiveSequence(
+                request=child,
+                options=options,
+                row=row,
+                sequence_index=index,
+                text_stream=TextStream(tokenizer, child.sampling_params, prompt_token_ids),
+                prompt_text=prompt_text,
+            )
+            for index, child in enumerate(child_requests(request))
+        ]
+
+    def run(self, request: Any, sequences: Sequence[LiveSequence], writer: ResponseWriter) -> None:
+        """Hands a Triton request's sequences to the core; responses follow from the sender threads."""
+        if self._pool is None or self._live is None:
+            raise EngineDead("the model has not been started")
+        live = LiveRequest(
+            request_id=request.request_id(),
+            sender=request.get_response_sender(),
+            sequences=sequences,
+            writer=writer,
+            cancel_in_core=self._client.cancel,
+            schedule=self._pool.pick().put,
+            on_end=self._live.remove,
+        )
+        self._live.add(live)
+        for sequence in sequences:
+            self._submit(sequence.request, live.push)
+
+    def stop(self, request: Any) -> None:
+        """Carries out `stop=true`: ends the requests of this id, and answers with an empty last response.
+
+        Raises:
+            RequestError: there is no id.
+        """
+        request_id = request.request_id()
+        if not request_id:
+            raise RequestError("stop needs the id of the request to end; send it as this request's id")
+        if self._live is not None:
+            self._live.stop(request_id)
+        request.get_response_sender().send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def close(self) -> None:
+        """Ends everything, within a few seconds. Idempotent."""
+        if self._live is not None:
+            self._live.close(timeout_s=1.0)
+        self._client.close(_FINALIZE_TIMEOUT_S)
+        if self._pool is not None:
+            self._pool.close(timeout_s=1.0)
+
+    def _submit(self, request: EngineRequest, sink: Callable[[RequestUpdate], None]) -> None:
+        try:
+            self._client.submit(request, sink)
+        except EngineDead as error:
+            sink(
+                RequestUpdate(
+                    request_id=request.request_id,
+                    finish_reason=FinishReason.ERROR,
+                    error_code=error.code,
+                    error=str(error),
+                )
+            )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model `llm`: text in, text out, for clients of the legacy ensemble and of vLLM's backend alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
+
+from wavetrain_engine.errors import InvalidSamplingParams, RequestError, WavetrainError
+from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.sampling_params import SamplingParams
+from wavetrain_engine.serving.contracts import LLM
+from wavetrain_engine.serving.error_codes import error_response
+from wavetrain_engine.serving.generation import Generation
+from wavetrain_engine.serving.llm_writer import LlmWriter
+from wavetrain_engine.serving.model_files import ModelFiles
+from wavetrain_engine.serving.prompts import encode_prompt, word_inputs
+from wavetrain_engine.serving.request_parameters import RequestParameters
+from wavetrain_engine.serving.row_inputs import (
+    RowInputs,
+    check_inputs,
+    end_id_params,
+    legacy_sampling_params,
+    merge_params,
+    read_row,
+    vllm_sampling_params,
+)
+from wavetrain_engine.serving.tensors import RequestTensors
+from wavetrain_engine.serving.triton_model import TritonModel
+from wavetrain_engine.text.tokenizer import Tokenizer
+
+_LOGGER = logging.getLogger(__name__)
+_LEGACY_MARK = "max_tokens"
+
+
+class LlmServer(TritonModel):
+    """Decoupled, without a batch dimension."""
+
+    _generation: Generation | None = None
+    _tokenizer: Tokenizer
+    _facts: EngineFacts
+    _defaults: SamplingParams
+
+    def start(self, files: ModelFiles) -> None:
+        """Loads the tokenizer and attaches to the core."""
+        self._tokenizer = files.require_tokenizer()
+        self._generation = Generation(files.core_client(self.core_command))
+        self._facts = self._generation.start()
+        self._defaults = self._facts.generation.sampling_defaults()
+
+    def is_ready(self) -> bool:
+        """Triton's readiness hook (servers since 2026; older ones do not ask)."""
+        return self._generation is not None and self._generation.is_ready
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Starts each request and returns; responses come from the sender threads."""
+        for request in requests:
+            self._start_or_refuse(request)
+
+    def finalize(self) -> None:
+        """Ends the model, and the core if no other model needs it."""
+        if self._generation is not None:
+            self._generation.close()
+
+    def _start_or_refuse(self, request: Any) -> None:
+        try:
+            self._start_request(request)
+        except Exception as error:
+            if not isinstance(error, WavetrainError):
+                _LOGGER.exception("a request could not be started")
+            sender = request.get_response_sender()
+            sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _start_request(self, request: Any) -> None:
+        if self._generation is None:
+            raise RequestError("the model is not loaded")
+        tensors = RequestTensors(request, has_batch_dimension=False)
+        inputs = read_row(tensors, LLM, 0)
+        if inputs.options.stop:
+            self._generation.stop(request)
+            return
+        check_inputs(tensors, LLM)
+        text, token_ids = encode_prompt(tensors, 0, self._tokenizer, self._facts.max_model_len)
+        parameters = RequestParameters.read(request)
+        is_legacy = _LEGACY_MARK in inputs.sampling
+        params = self._sampling_params(tensors, inputs, parameters, is_legacy=is_legacy)
+        sequences = self._generation.sequences(
+            row=0,
+            prompt_token_ids=token_ids,
+            params=params,
+            parameters=parameters,
+            options=inputs.options,
+            tokenizer=self._tokenizer,
+            prompt_text=text if _includes_prompt(inputs, is_legacy=is_legacy) else "",
+        )
+        self._generation.run(request, sequences, LlmWriter(self._tokenizer, is_legacy=is_legacy))
+
+    def _sampling_params(
+        self, tensors: RequestTensors, inputs: RowInputs, parameters: RequestParameters, *, is_legacy: bool
+    ) -> SamplingParams:
+        extra = merge_params(
+            end_id_params(tensors.scalar("end_id", 0), self._facts.vocab_size),
+            word_inputs(tensors, 0, self._tokenizer),
+        )
+        given = _json_object(tensors.text("sampling_parameters", 0))
+        if given is None:
+            # As vLLM's backend: without the tensor, the request's own parameters are sampling parameters.
+            given = {} if is_legacy else parameters.others
+            if is_legacy:
+                parameters.refuse_others()
+        else:
+            parameters.refuse_others()
+        if not is_legacy:
+            return vllm_sampling_params(inputs, extra, given, self._defaults)
+        legacy = legacy_sampling_params(inputs, extra)
+        if not given:
+            return legacy
+        return vllm_sampling_params(inputs, extra, given, legacy)
+
+
+def _includes_prompt(inputs: RowInputs, *, is_legacy: bool) -> bool:
+    """Whether the prompt precedes the output's text, as each dialect has it."""
+    options = inputs.options
+    if options.stream:
+        if not is_legacy and options.exclude_input is False:
+            raise RequestError("exclude_input_in_output = false is not possible with stream; leave it out")
+        return False
+    return not options.exclude_input
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        values = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidSamplingParams("sampling_parameters is not valid JSON; send one JSON object") from error
+    if not isinstance(values, dict):
+        raise InvalidSamplingParams(f"sampling_parameters must be a JSON object, got {type(values).__name__}")
+    return values
