@@ -69,7 +69,7 @@ def parse_line(raw: str) -> LogLine | LoadProgress | None:
         return LogLine("triton", "info", line)
     if line.startswith("error: "):
         return LogLine("triton", "error", line[len("error: ") :])
-    return LogLine("output", "info", line)
+    return LogLine("output", "info", raw.rstrip())  # a stack trace lives by its indentation
 
 
 def is_noise(line: LogLine, *, has_gpu: bool) -> bool:
