@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import sys
 import types
 import typing
@@ -27,8 +28,18 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _DEVICES = ("auto", "cpu", "cuda")
 
 
-def _option(default: Any, help_text: str, *, low: float | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text, "low": low, "choices": choices})
+_MAX_INT32 = 2**31 - 1
+
+
+def _option(
+    default: Any,
+    help_text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    return field(default=default, metadata={"help": help_text, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +49,10 @@ class ModelSection:
     model: str = _option("", "checkpoint directory (Hugging Face layout, safetensors)")
     dtype: str = _option("auto", "dtype of weights and activations; auto: the checkpoint's", choices=_DTYPES)
     device: str = _option("auto", "where the model runs; auto: cuda where there is one", choices=_DEVICES)
-    max_model_len: int | None = _option(None, "prompt and output tokens of a request; default: the model's own", low=1)
+    # One token would be a prompt without room for an output.
+    max_model_len: int | None = _option(
+        None, "prompt and output tokens of a request; default: the model's own", low=2, high=_MAX_INT32
+    )
     skip_tokenizer_init: bool = _option(False, "serve token ids only, from a checkpoint without a tokenizer")
 
 
@@ -46,10 +60,13 @@ class ModelSection:
 class CacheSection:
     """The paged KV cache."""
 
-    block_size: int = _option(16, "tokens per KV-cache block", low=1)
-    kv_cache_memory: int | None = _option(None, "bytes of KV cache; default: from the memory there is", low=1)
-    gpu_memory_utilization: float = _option(0.9, "share of device memory to use, weights included", low=0.01)
-    num_blocks: int | None = _option(None, "KV-cache blocks, instead of a size in bytes", low=1)
+    block_size: int = _option(16, "tokens per KV-cache block", low=1, high=4096)
+    kv_cache_memory: int | None = _option(
+        None, "bytes of KV cache; default: from the memory there is", low=1, high=2**50
+    )
+    gpu_memory_utilization: float = _option(0.9, "share of device memory to use, weights included", low=0.01, high=1.0)
+    # Block tables are int32.
+    num_blocks: int | None = _option(None, "KV-cache blocks, instead of a size in bytes", low=1, high=_MAX_INT32)
     enable_prefix_caching: bool = _option(True, "reuse blocks of equal prompt prefixes")
 
 
@@ -57,11 +74,15 @@ class CacheSection:
 class SchedulerSection:
     """What runs together."""
 
-    max_num_seqs: int = _option(256, "requests in one step at most", low=1)
-    max_num_batched_tokens: int = _option(2048, "tokens in one step at most; longer prompts are chunked", low=1)
-    max_queue_size: int = _option(4096, "waiting requests at most; further ones are refused as busy", low=0)
+    max_num_seqs: int = _option(256, "requests in one step at most", low=1, high=65536)
+    max_num_batched_tokens: int = _option(
+        2048, "tokens in one step at most; longer prompts are chunked", low=1, high=2**20
+    )
+    max_queue_size: int = _option(
+        4096, "waiting requests at most; further ones are refused as busy", low=0, high=_MAX_INT32
+    )
     long_prefill_token_threshold: int = _option(
-        0, "tokens of one prompt per step at most; 0: only max_num_batched_tokens bounds it", low=0
+        0, "tokens of one prompt per step at most; 0: only max_num_batched_tokens bounds it", low=0, high=_MAX_INT32
     )
     async_scheduling: bool = _option(False, "plan a step while the one before it runs")
     static_batching: bool = _option(False, "admit requests only into an empty batch (for comparison benchmarks)")
@@ -84,14 +105,17 @@ class EngineConfig:
                 type, a value out of range.
         """
         try:
-            values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))  # pyright: ignore[reportUnknownMemberType]
+            values: Any = typing.cast("Any", tomllib).loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read {path.name}: {error.strerror}") from error
         except ValueError as error:
             raise ConfigError(f"{path.name} is not valid TOML: {error}") from error
         config = cls.from_mapping(values)
         if config.model.model and not Path(config.model.model).is_absolute():
-            resolved = str((path.parent / config.model.model).resolve())
+            try:
+                resolved = str((path.parent / config.model.model).resolve())
+            except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+                raise ConfigError(f"model.model: {config.model.model!r} is not a usable path") from error
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=resolved))
         return config
 
@@ -142,7 +166,7 @@ SECTIONS: dict[str, type] = {"model": ModelSection, "cache": CacheSection, "sche
 
 
 def engine_options() -> dict[str, dataclasses.Field[Any]]:
-    """Every option by name, with `metadata` help, low and choices: what command lines are made from."""
+    """Every option by name, with `metadata` help, low, high and choices: what command lines are made from."""
     return {name: option for kind in SECTIONS.values() for name, option in _options(kind).items()}
 
 
@@ -161,7 +185,7 @@ def _build_section(kind: type, section: str, values: Mapping[str, Any]) -> Any:
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if name not in options:
-            raise ConfigError(_unknown("key", name, options, prefix=f"{section}."))
+            raise ConfigError(_unknown("key", name, options, prefix=f"{section}.") + _other_section(name))
         checked[name] = _check(f"{section}.{name}", value, hints[name], options[name].metadata)
     return kind(**checked)
 
@@ -170,16 +194,26 @@ def _check(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
     kind, is_optional = _plain_type(hint)
     if value is None and is_optional:
         return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{path}: expected {kind.__name__}, got {value!r}")
-    low, choices = metadata.get("low"), metadata.get("choices")
-    if low is not None and value < low:
-        raise ConfigError(f"{path}: expected {kind.__name__} >= {low:g}, got {value!r}")
+    # By the exact type, since True is an int; and an integer will do for a float.
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ConfigError(f"{path}: expected {kind.__name__}, got {_shown(value)}")
+    low, high, choices = metadata.get("low"), metadata.get("high"), metadata.get("choices")
+    # Asked the positive way, so that NaN is out of range.
+    if low is not None and not value >= low:
+        raise ConfigError(f"{path}: expected {kind.__name__} >= {low:.12g}, got {_shown(value)}")
+    if high is not None and not value <= high:
+        raise ConfigError(f"{path}: expected {kind.__name__} <= {high:.12g}, got {_shown(value)}")
     if choices is not None and value not in choices:
-        raise ConfigError(f"{path}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
+        raise ConfigError(f"{path}: expected one of {', '.join(choices)}, got {_shown(value)}")
+    return typing.cast("Any", kind)(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _plain_type(hint: Any) -> tuple[type, bool]:
@@ -195,10 +229,14 @@ def _unknown(what: str, name: str, known: typing.Iterable[str], prefix: str = ""
     return f"unknown {what} {prefix}{name}{hint}"
 
 
+def _other_section(name: str) -> str:
+    owner = next((section for section, kind in SECTIONS.items() if name in _options(kind)), None)
+    return "" if owner is None else f"; it belongs in [{owner}]"
+
+
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+    if isinstance(value, str):  # a JSON string is a TOML string, but for the one control character JSON leaves as it is
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

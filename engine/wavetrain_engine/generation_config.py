@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import msgspec
 
-from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.errors import CheckpointError, InvalidSamplingParams
 from wavetrain_engine.sampling_params import SamplingParams
 
 
@@ -33,7 +33,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Reads generation_config.json, with config.json's token ids where it has none.
 
         Raises:
-            CheckpointError: a file is there but is not a JSON object, or a value has a wrong type.
+            CheckpointError: a file is there but is not a JSON object, or a value has a wrong type or is one that
+                no request could ask for.
         """
         values = _read(model_dir / "config.json") | {
             key: value for key, value in _read(model_dir / "generation_config.json").items() if value is not None
@@ -42,9 +43,11 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
         known = {name: values[name] for name in cls.__struct_fields__ if values.get(name) is not None}
         try:
-            return msgspec.convert(known | {"eos_token_ids": eos_token_ids}, cls)
-        except msgspec.ValidationError as error:
+            loaded = msgspec.convert(known | {"eos_token_ids": eos_token_ids}, cls)
+            loaded.sampling_defaults()  # refused now, not at the first request
+        except (msgspec.ValidationError, InvalidSamplingParams) as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
+        return loaded
 
     def sampling_defaults(self) -> SamplingParams:
         """Returns SamplingParams with this checkpoint's values where it gives some."""
@@ -59,7 +62,9 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         values: object = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object")

@@ -17,6 +17,7 @@ MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
+MAX_BAD_WORD_TOKENS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 1024
 MAX_LOGIT_BIAS = 65536
@@ -77,6 +78,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     detokenize: bool = True
 
     def __post_init__(self) -> None:
+        # As vLLM does: one string is a list of one, None is an empty list.
+        for name in _LISTS:
+            value: Any = getattr(self, name)
+            if value is None:
+                msgspec.structs.force_setattr(self, name, [])
+            elif name == "stop" and isinstance(value, str):
+                msgspec.structs.force_setattr(self, name, [value])
+        for name in _BOOLS:
+            if not isinstance(getattr(self, name), bool):
+                raise _type_error(name, "true or false", getattr(self, name))
         _check_int("n", self.n, 1, MAX_N)
         _check_float("temperature", self.temperature, 0.0, 1e6)
         _check_int("top_k", self.top_k, -1, MAX_INT32)
@@ -98,43 +109,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        self._check_stops()
-        self._check_bias()
-
-    def _check_stops(self) -> None:
-        if isinstance(self.stop, str):  # vLLM takes one string too
-            msgspec.structs.force_setattr(self, "stop", [self.stop])
-        for name, values, most in (
-            ("stop", self.stop, MAX_STOP_STRINGS),
-            ("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS),
-            ("bad_words", self.bad_words, MAX_BAD_WORDS),
-            ("bad_words_token_ids", self.bad_words_token_ids, MAX_BAD_WORDS),
-        ):
-            if not isinstance(values, list):
-                raise InvalidSamplingParams(f"{name} must be a list, got {type(values).__name__}")
-            if len(values) > most:
-                raise InvalidSamplingParams(f"{name} has {len(values)} entries; at most {most} are allowed")
-        for text in [*self.stop, *self.bad_words]:
-            if not isinstance(text, str) or not text:
-                raise InvalidSamplingParams("stop and bad_words must hold non-empty strings")
-            if len(text) > MAX_STOP_STRING_CHARS:
-                raise InvalidSamplingParams(
-                    f"a stop or bad_words string has {len(text)} characters; at most {MAX_STOP_STRING_CHARS} "
-                    "are allowed"
-                )
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, MAX_INT32)
-
-    def _check_bias(self) -> None:
-        if self.logit_bias is None:
-            return
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidSamplingParams(
-                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed"
-            )
-        for token_id, bias in self.logit_bias.items():
-            _check_int("logit_bias's token id", token_id, 0, MAX_INT32)
-            _check_float(f"logit_bias[{token_id}]", bias, -1e6, 1e6)
+        _check_lists(self)
+        _check_bias(self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:
@@ -180,12 +156,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 _INTS = {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"}
 _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 _BOOLS = {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"}
-_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias"}
-_ALIASES = {"min_length": "min_tokens"}
+_LISTS = {"stop", "stop_token_ids", "bad_words", "bad_words_token_ids"}
+_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", *_LISTS}
 
 
 def _coerce(name: str, value: Any) -> Any:
-    known = _INTS | _FLOATS | _BOOLS | {"stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logit_bias"}
+    known = _INTS | _FLOATS | _BOOLS | _LISTS | {"logit_bias"}
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(sorted(known))}"
@@ -252,30 +228,103 @@ def _to_list(name: str, value: Any) -> list[Any]:
         raise _type_error(name, "a list", value)
     items = cast("list[Any]", value)
     if name == "stop_token_ids":
-        return [_to_int(name, item) for item in items]
+        return _to_ids(name, items)
     if name == "bad_words_token_ids":
-        return [[_to_int(name, token_id) for token_id in _to_list("stop_token_ids", item)] for item in items]
+        return [_to_ids(name, item) for item in items]
     if not all(isinstance(item, str) for item in items):
         raise _type_error(name, "a list of strings", value)
     return items
 
 
+def _to_ids(name: str, value: Any) -> list[int]:
+    if not isinstance(value, list):
+        raise _type_error(name, "lists of token ids", value)
+    return [_to_int(name, item) for item in cast("list[Any]", value)]
+
+
 def _type_error(name: str, expected: str, value: Any) -> InvalidSamplingParams:
-    return InvalidSamplingParams(f"{name} must be {expected}, got {str(value)[:64]!r}")
+    return InvalidSamplingParams(f"{name} must be {expected}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(str(value)[:64])
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list a thousand levels deep
+        return "something too large to show"
+
+
+def _check_lists(params: SamplingParams) -> None:
+    for name, most in (
+        ("stop", MAX_STOP_STRINGS),
+        ("stop_token_ids", MAX_STOP_TOKEN_IDS),
+        ("bad_words", MAX_BAD_WORDS),
+        ("bad_words_token_ids", MAX_BAD_WORDS),
+    ):
+        values: Any = getattr(params, name)
+        if not isinstance(values, list):
+            raise _type_error(name, "a list", values)
+        values = cast("list[Any]", values)
+        if len(values) > most:
+            raise InvalidSamplingParams(f"{name} has {len(values)} entries; at most {most} are allowed")
+        for value in values:
+            if name == "stop_token_ids":
+                _check_int(name, value, 0, MAX_INT32)
+            elif name == "bad_words_token_ids":
+                _check_sequence(name, value)
+            else:
+                _check_text(name, value)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidSamplingParams(f"{name} must hold non-empty strings")
+    if len(value) > MAX_STOP_STRING_CHARS:
+        raise InvalidSamplingParams(
+            f"{name} has a string of {len(value)} characters; at most {MAX_STOP_STRING_CHARS} are allowed"
+        )
+
+
+def _check_sequence(name: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise _type_error(name, "a list of lists of token ids", value)
+    token_ids = cast("list[Any]", value)
+    if len(token_ids) > MAX_BAD_WORD_TOKENS:
+        raise InvalidSamplingParams(
+            f"{name} has a sequence of {len(token_ids)} tokens; at most {MAX_BAD_WORD_TOKENS} are allowed"
+        )
+    for token_id in token_ids:
+        _check_int(name, token_id, 0, MAX_INT32)
+
+
+def _check_bias(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        raise _type_error("logit_bias", "an object of token id to number", value)
+    biases = cast("dict[Any, Any]", value)
+    if len(biases) > MAX_LOGIT_BIAS:
+        raise InvalidSamplingParams(f"logit_bias has {len(biases)} entries; at most {MAX_LOGIT_BIAS} are allowed")
+    for token_id, bias in biases.items():
+        _check_int("logit_bias's token id", token_id, 0, MAX_INT32)
+        _check_float(f"logit_bias[{token_id}]", bias, -1e6, 1e6)
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _type_error(name, "an integer", value)
     if not low <= value <= high:
-        raise InvalidSamplingParams(f"{name} must be between {low} and {high}, got {value}")
+        raise InvalidSamplingParams(f"{name} must be between {low} and {high}, got {_shown(value)}")
 
 
 def _check_float(name: str, value: Any, low: float, high: float, *, exclusive_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _type_error(name, "a number", value)
-    if not math.isfinite(value):
-        raise InvalidSamplingParams(f"{name} must be finite, got {value}")
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        is_finite = False
+    if not is_finite:
+        raise _type_error(name, "a finite number", value)
     if value > high or value < low or (exclusive_low and value == low):
         left = "more than" if exclusive_low else "at least"
         raise InvalidSamplingParams(f"{name} must be {left} {low:g} and at most {high:g}, got {value:g}")
