@@ -228,12 +228,12 @@ def test_promises_hold_for_any_scenario(scenario: Scenario) -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_promises_hold_in_a_soak(part: int) -> None:
     num_preemptions = num_hits = 0
-    for seed in range(part * 1500, (part + 1) * 1500):
+    for seed in range(part * 1000, (part + 1) * 1000):
         stats = _run(_draw_scenario(random.Random(seed).randint)).core.stats()
         num_preemptions += stats.num_preemptions
         num_hits += stats.num_prefix_cache_hit_tokens
-    assert num_preemptions > 400, "the soak does not reach what it is for"
-    assert num_hits > 2000
+    assert num_preemptions > 300, "the soak does not reach what it is for"
+    assert num_hits > 1000
 
 
 def test_equal_priorities_never_starve_under_endless_load() -> None:

@@ -154,7 +154,7 @@ class EngineCore:
 
         Returns:
             The updates not returned by `step` yet, these ends among them. Steps in flight are forgotten, not
-            waited for.
+            waited for, and blocks stay where they are: the core may be in any state, and is of no further use.
         """
         self._end_error = error
         self._in_flight.clear()

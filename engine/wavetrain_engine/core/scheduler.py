@@ -120,10 +120,8 @@ class Scheduler:
         rows: list[ScheduledRequest] = []
         requests: list[RequestState] = []
         admitted: list[AdmittedRequest] = []
-        num_preemptions = self.counters.num_preemptions
         budget, num_owed_blocks = self._schedule_running(rows, requests)
-        # After a preemption nobody is admitted: the room that was made is for those who run.
-        if num_preemptions == self.counters.num_preemptions and self._may_admit():
+        if self._may_admit():
             budget = self._schedule_waiting(rows, requests, admitted, budget, num_owed_blocks, now_ns)
             self._is_batch_open = budget == 0
         if not rows:

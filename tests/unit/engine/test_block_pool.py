@@ -44,6 +44,15 @@ def test_least_recently_freed_content_goes_first() -> None:
     assert pool.allocate(2) == [blocks[1], blocks[2]]
 
 
+def test_blocks_without_content_go_before_older_ones_with_content() -> None:
+    pool = BlockPool(2)
+    cached, plain = pool.allocate(2)
+    pool.register(cached, b"prefix")
+    pool.free([cached])
+    pool.free([plain])
+    assert pool.allocate(1) == [plain]
+
+
 def test_reviving_from_the_middle_of_the_queue_keeps_the_rest_in_order() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(3)

@@ -99,7 +99,7 @@ def test_the_worst_priority_then_the_latest_is_preempted_and_resumes_unharmed(is
     assert harness.core.stats().num_preemptions == sum(preempted.values())
 
 
-def test_nobody_is_admitted_in_the_step_that_preempts() -> None:
+def test_who_is_preempted_does_not_come_back_in_the_same_step() -> None:
     harness = CoreHarness(num_blocks=4, max_num_seqs=3, enable_prefix_caching=False)
     harness.add("a", [1, 2, 3, 4], max_tokens=12)
     harness.add("b", [1, 2, 3, 4], max_tokens=12)
@@ -260,6 +260,17 @@ def test_logprobs_come_with_their_tokens_and_those_of_the_prompt_once() -> None:
     assert all(update.prompt_logprobs is None for update in others)
     entries = [entry.token_ids[0] for update in harness.updates["r"] for entry in update.logprobs or []]
     assert entries == harness.tokens("r")
+
+
+def test_an_end_token_before_min_tokens_does_not_end_a_request() -> None:
+    scheduler, request = _scheduler(num_blocks=4), _state("r", 0)
+    request.end_token_ids = request.eos_token_ids = frozenset([9])
+    request.min_num_tokens = 4 + 2
+    scheduler.add(request)
+    updates: list[RequestUpdate] = []
+    for _ in range(2):  # a sampler that masks nothing
+        scheduler.update(_plan(scheduler), StepResult([[9]]), 1, updates)
+    assert [update.finish_reason for update in updates] == [None, FinishReason.STOP]
 
 
 def test_a_result_that_does_not_fit_its_plan_is_refused() -> None:
