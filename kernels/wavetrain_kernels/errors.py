@@ -4,7 +4,7 @@
     KernelError
     ├── ShapeError            a tensor's shape does not fit the operation
     ├── DtypeError            a tensor's dtype does not fit the operation
-    └── UnsupportedDevice     no kernels, or not the demanded ones, for a device
+    └── UnsupportedDevice     no kernels, or not the demanded ones, for a device type
 
 These tell a programmer of the engine what is wrong with a call; no request can cause one.
 """
@@ -25,4 +25,4 @@ class DtypeError(KernelError):
 
 
 class UnsupportedDevice(KernelError):
-    """No kernel set answers for a device, or tensors of one call are on different devices."""
+    """No kernel set, or none of the demanded name, can serve a device type."""

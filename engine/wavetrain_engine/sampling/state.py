@@ -55,7 +55,7 @@ class SamplingState:
         self._device = device
         self._rows: dict[int, _Row] = {}
         self._penalties = PenaltyTable(device)
-        self._batched_rows: list[int] | None = None  # what _batch was made for; None after a change of membership
+        self._batched_rows: list[int] | None = None  # what _batch was made for; None since a row was added
         self._batch = SamplingBatch(num_rows=0)
 
     def add(
@@ -106,7 +106,6 @@ class SamplingState:
         """
         del self._rows[row]
         self._penalties.remove(row)
-        self._batched_rows = None
 
     def append(self, rows: list[int], token_ids: list[int]) -> None:
         """Notes one output token for each of the rows; a row may come more than once, in order."""

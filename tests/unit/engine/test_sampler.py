@@ -210,6 +210,20 @@ def test_many_penalized_rows_and_long_histories():
         state.append(list(range(20)), [step] * 20)
 
 
+def test_a_freed_row_leaves_nothing_behind():
+    penalized = SamplingParams(**GREEDY, frequency_penalty=1.0)
+    state = make_state(penalized, prompt=[1])
+    state.append([0, 0, 0, 0], [39, 39, 39, 38])
+    state.remove(0)
+    state.add(0, penalized, [2], 1, EOS, 0)
+    state.append([0], [38])
+    assert state.batch([0]).penalties.token_ids.tolist() == [[2, 38]]
+    assert state.batch([0]).penalties.output_counts.tolist() == [[0, 1]]
+    state.remove(0)
+    state.add(0, SamplingParams(**GREEDY), [2], 1, EOS, 0)
+    assert not state.batch([0]).has_edits
+
+
 def test_several_tokens_of_a_row_at_once():
     one, other = (make_state(SamplingParams(**GREEDY, frequency_penalty=1.0)) for _ in range(2))
     one.append([0, 0, 0], [39, 39, 38])
