@@ -71,8 +71,7 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
     except SystemExit:  # everybody has left while it loaded
         socket.close()
         return 0
-    except (MemoryError, RuntimeError, OSError) as error:
-        # torch reports exhausted memory and broken devices as RuntimeError.
+    except Exception as error:  # no memory, a broken device, a bug of ours: the models must hear of it, not wait
         _LOGGER.exception("the model could not be loaded")
         socket.report_load_failure(ErrorCode.INTERNAL, f"the model could not be loaded: {type(error).__name__}")
         socket.close()
