@@ -21,6 +21,7 @@ class AdmittedRequest:
 
     Attributes:
         token_ids: prompt and, on resumption, the output tokens so far.
+        sampling_params: with a seed, unless the request is greedy.
         num_prompt_tokens: how many of `token_ids` are prompt.
         block_ids: all blocks it holds, in order.
         num_computed_tokens: tokens whose KV is in those blocks already (prefix cache).

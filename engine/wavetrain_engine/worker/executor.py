@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from wavetrain_engine.plan import StepPlan, StepResult
 from wavetrain_engine.worker.model_runner import ModelRunner
 
@@ -17,11 +19,17 @@ class LocalExecutor:
     """
 
     def __init__(self, runner: ModelRunner, *, is_async: bool) -> None:
-        self._runner = runner
+        self._runner: ModelRunner | None = runner
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wavetrain-worker") if is_async else None
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """Starts a step; without a thread it is done on return. The future raises what the step raised."""
+        """Starts a step; without a thread it is done on return. The future raises what the step raised.
+
+        Raises:
+            RuntimeError: after `shutdown`.
+        """
+        if self._runner is None:
+            raise RuntimeError("the executor is shut down")
         if self._thread is not None:
             return self._thread.submit(self._runner.execute, plan)
         future: Future[StepResult] = Future()
@@ -32,6 +40,9 @@ class LocalExecutor:
         return future
 
     def shutdown(self) -> None:
-        """Waits for the step in flight and ends the thread. Idempotent."""
+        """Waits for the step in flight, ends the thread, and lets go of weights and KV cache. Idempotent."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
+        self._runner = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # torch would keep the memory for itself

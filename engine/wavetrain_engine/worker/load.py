@@ -25,7 +25,8 @@ from wavetrain_engine.worker.input_batch import InputBatch
 from wavetrain_engine.worker.kv_cache import allocate_kv_caches
 from wavetrain_engine.worker.memory import num_kv_blocks
 from wavetrain_engine.worker.model_runner import ModelRunner
-from wavetrain_kernels.ops import kernel_set
+from wavetrain_kernels.errors import UnsupportedDevice
+from wavetrain_kernels.ops import choose_kernels
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,8 +34,13 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total); phase `weights` counts bytes."""
 
 
-def load_executor(config: EngineConfig, *, progress: Progress | None = None) -> tuple[Executor, EngineFacts]:
+def load_executor(
+    config: EngineConfig, *, kernels: str = "auto", progress: Progress | None = None
+) -> tuple[Executor, EngineFacts]:
     """Loads the checkpoint that `config` names and makes it ready to execute plans.
+
+    Args:
+        kernels: what `Environment.kernels` says: auto, or the name of a kernel set.
 
     Raises:
         ConfigError: a flag does not fit the model or the machine.
@@ -46,6 +52,7 @@ def load_executor(config: EngineConfig, *, progress: Progress | None = None) -> 
     model_config = ModelConfig.load(model_dir)
     generation = GenerationConfig.load(model_dir)
     device, dtype = _device(config), resolve_dtype(model_config, config.model.dtype)
+    kernels = _choose_kernels(kernels, device)
     max_model_len = model_config.max_model_len if config.model.max_model_len is None else config.model.max_model_len
     model = create_model(model_config, dtype, device, max_model_len=max_model_len)
     weight_bytes = load_weights(
@@ -58,7 +65,7 @@ def load_executor(config: EngineConfig, *, progress: Progress | None = None) -> 
         architecture=model_config.architecture,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        kernels=kernel_set(device),
+        kernels=kernels,
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
         block_size=config.cache.block_size,
@@ -104,6 +111,14 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device(config.model.device)
 
 
+def _choose_kernels(kernels: str, device: torch.device) -> str:
+    """Returns the name of the set that answers; before the weights are loaded, whose layout may be up to it."""
+    try:
+        return choose_kernels(kernels, device).name
+    except UnsupportedDevice as error:
+        raise ConfigError(f"WAVETRAIN_KERNELS={kernels}: {error}") from error
+
+
 def _num_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int, device: torch.device) -> int:
     blocks_per_request = -(-max_model_len // config.cache.block_size)
     return num_kv_blocks(config.cache, bytes_per_block, blocks_per_request * config.scheduler.max_num_seqs, device)
@@ -117,10 +132,18 @@ def _fit_model_len(config: EngineConfig, max_model_len: int, num_blocks: int) ->
     if config.model.max_model_len is not None:
         raise ConfigError(
             f"--max-model-len {max_model_len} needs {-(-max_model_len // config.cache.block_size)} KV-cache blocks, "
-            f"but there are {num_blocks}; lower it to {room} or raise --kv-cache-memory"
+            f"but there are {num_blocks}; lower it to {room} or raise {_pool_flag(config)}"
+        )
+    if room < 2:
+        raise ConfigError(
+            f"the KV cache holds {room} token, too few for a prompt and an output; raise --num-blocks or --block-size"
         )
     _LOG.warning("max_model_len lowered from %d to %d tokens, what the KV cache holds", max_model_len, room)
     return room
+
+
+def _pool_flag(config: EngineConfig) -> str:
+    return "--kv-cache-memory" if config.cache.num_blocks is None else "--num-blocks"
 
 
 def _log_facts(facts: EngineFacts) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ GIB = 2**30
 # Without a budget the CPU cache takes a share of what is free: the machine runs other things too.
 _CPU_SHARE = 0.4
 _CPU_MOST_BYTES = 8 * GIB
+# Block tables are int32.
+_MOST_BLOCKS = 2**31 - 1
 
 
 def num_kv_blocks(config: CacheSection, bytes_per_block: int, most_useful: int, device: torch.device) -> int:
@@ -25,51 +29,97 @@ def num_kv_blocks(config: CacheSection, bytes_per_block: int, most_useful: int, 
             max_model_len tokens); only an explicit flag asks for more.
 
     Raises:
-        ConfigError: not one block fits; the message names the flag to change.
+        ConfigError: not one block fits, or not as many as a flag asks for; the message names the flag to change.
     """
+    free_bytes = _free_bytes(device)
     if config.num_blocks is not None:
+        _check_fits("--num-blocks", config.num_blocks, config.num_blocks * bytes_per_block, free_bytes)
         return config.num_blocks
     if config.kv_cache_memory is not None:
-        num_blocks = config.kv_cache_memory // bytes_per_block
+        num_blocks = min(config.kv_cache_memory // bytes_per_block, _MOST_BLOCKS)
         if num_blocks == 0:
             raise ConfigError(
                 f"--kv-cache-memory {config.kv_cache_memory} holds no block; one takes {bytes_per_block} bytes"
             )
+        _check_fits("--kv-cache-memory", config.kv_cache_memory, num_blocks * bytes_per_block, free_bytes)
         return num_blocks
-    free_bytes = _free_bytes(config, device)
-    num_blocks = min(free_bytes // bytes_per_block, most_useful)
+    num_blocks = min(_usable_bytes(config, free_bytes, device) // bytes_per_block, most_useful, _MOST_BLOCKS)
     if num_blocks < 1:
+        flag = "raise --gpu-memory-utilization" if device.type == "cuda" else "free some memory"
         raise ConfigError(
-            "no memory is left for the KV cache after the weights; raise --gpu-memory-utilization, "
-            "set --kv-cache-memory, or serve a smaller model"
+            f"no memory is left for the KV cache after the weights; {flag}, set --kv-cache-memory, or serve a "
+            "smaller model"
         )
-    return int(num_blocks)
+    return num_blocks
 
 
-def _free_bytes(config: CacheSection, device: torch.device) -> int:
+def _check_fits(flag: str, value: int, wanted_bytes: int, free_bytes: int) -> None:
+    """Caches are touched as they fill, so without this a cache too large would end the process hours later."""
+    if wanted_bytes > free_bytes:
+        raise ConfigError(
+            f"{flag} {value} asks for {wanted_bytes / GIB:.2f} GiB of KV cache, but {free_bytes / GIB:.2f} GiB are "
+            "free after the weights; lower it"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+
+
+def _usable_bytes(config: CacheSection, free_bytes: int, device: torch.device) -> int:
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free - (1 - config.gpu_memory_utilization) * total)
-    return min(int(available_memory_bytes() * _CPU_SHARE), _CPU_MOST_BYTES)
+        total_bytes = torch.cuda.mem_get_info(device)[1]
+        return int(free_bytes - (1 - config.gpu_memory_utilization) * total_bytes)
+    return min(int(free_bytes * _CPU_SHARE), _CPU_MOST_BYTES)
 
 
-def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping: the machine's, or the control group's if that is less."""
-    available = _meminfo_bytes("MemAvailable")
-    limit, current = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    if limit is not None and current is not None:
-        available = min(available, limit - current)
-    return max(available, 0)
+def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can be taken without swapping: the machine's, or a control group's if that is less."""
+    available = _values(proc / "meminfo").get("MemAvailable:", 0) * 1024
+    return max(0, min([available, *_group_free_bytes(proc, cgroup)]))
 
 
-def _meminfo_bytes(name: str) -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return 0
+@dataclass(frozen=True, slots=True)
+class _GroupFiles:
+    """Where one version of control groups keeps its numbers."""
+
+    folder: str
+    limit: str
+    usage: str
+    inactive_key: str
 
 
-def _cgroup_bytes(name: str) -> int | None:
-    path = Path("/sys/fs/cgroup") / name
-    text = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
-    return int(text) if text.isdigit() else None
+_V1 = _GroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _GroupFiles("", "memory.max", "memory.current", "inactive_file")
+
+
+def _group_free_bytes(proc: Path, cgroup: Path) -> Iterator[int]:
+    """What this process's control group and each one above it have left."""
+    for line in _text(proc / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        files = _V1 if controllers else _V2
+        root = cgroup / files.folder
+        group = root / path.strip("/")
+        # In a container the path may be the host's and not be there; its own group is the root then.
+        for folder in [group, *group.parents]:
+            limit, usage = _text(folder / files.limit).strip(), _text(folder / files.usage).strip()
+            if limit.isdigit() and usage.isdigit():
+                # The usage has the page cache in it; what of it is inactive goes before anything else does.
+                yield int(limit) - int(usage) + _values(folder / "memory.stat").get(files.inactive_key, 0)
+            if folder == root:
+                break
+
+
+def _values(path: Path) -> dict[str, int]:
+    """A file of lines `name number ...`."""
+    rows = [line.split() for line in _text(path).splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -6,8 +6,6 @@ B = requests of the step, T = tokens of the step, N = requests that sample, V = 
 
 from __future__ import annotations
 
-from hashlib import blake2b
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,6 +49,8 @@ class ModelRunner:
         self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids
         self._device = device
+        # Requests whose prompt is to be scored; none, usually, and then no step looks for them.
+        self._scored: set[str] = set()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -77,11 +77,15 @@ class ModelRunner:
             entry = self._batch.remove(request_id)
             if entry is not None:
                 self._state.remove(entry.row)
+                self._scored.discard(request_id)
         for request in plan.admitted:
             entry = self._batch.add(request)
-            params = request.sampling_params
-            seed = params.seed if params.seed is not None else _seed_of(request.request_id)
-            self._state.add(entry.row, params, request.token_ids, request.num_prompt_tokens, self._eos_token_ids, seed)
+            params, num_prompt_tokens = request.sampling_params, request.num_prompt_tokens
+            seed = params.seed or 0  # the scheduler's side has drawn one for whoever samples
+            self._state.add(entry.row, params, request.token_ids, num_prompt_tokens, self._eos_token_ids, seed)
+            # Who is resumed with output has had the scores of its prompt with its first token.
+            if params.prompt_logprobs is not None and len(request.token_ids) == num_prompt_tokens:
+                self._scored.add(request.request_id)
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         query_lens = np.diff(inputs.query_start_loc)
@@ -131,13 +135,17 @@ class ModelRunner:
         self, scheduled: list[ScheduledRequest], inputs: StepInputs, hidden: Tensor
     ) -> list[list[TokenLogprobs] | None]:
         results: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
+        if not self._scored:
+            return results
         for index, item in enumerate(scheduled):
-            entry = self._batch[item.request_id]
-            num_logprobs = entry.sampling_params.prompt_logprobs
-            if num_logprobs is None:
+            if item.request_id not in self._scored:
                 continue
+            entry = self._batch[item.request_id]
+            num_logprobs = entry.sampling_params.prompt_logprobs or 0
             start = item.num_computed_tokens
             end = min(start + item.num_scheduled_tokens, entry.num_prompt_tokens - 1)
+            if end == entry.num_prompt_tokens - 1:
+                self._scored.discard(item.request_id)
             if end <= start:
                 continue
             first = int(inputs.query_start_loc[index])
@@ -154,9 +162,5 @@ class ModelRunner:
         return scored
 
     def _to_device(self, array: np.ndarray) -> Tensor:
+        # The arrays are pageable: CUDA has copied them to its own buffer when this returns, so they may change.
         return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def _seed_of(request_id: str) -> int:
-    """A seed for a request that has none: the same after a preemption, so its tokens stay the same."""
-    return int.from_bytes(blake2b(request_id.encode(), digest_size=8).digest(), "little")
