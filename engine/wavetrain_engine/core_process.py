@@ -94,7 +94,7 @@ def _load_worker(config: EngineConfig, progress: Progress) -> tuple[Executor, En
     from wavetrain_engine.worker.load import load_executor
 
     torch.set_num_threads(_num_physical_cores())
-    return load_executor(config, progress=progress)
+    return load_executor(config, kernels=Environment.read().kernels, progress=progress)
 
 
 def _num_physical_cores() -> int:
