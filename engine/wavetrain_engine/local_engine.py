@@ -19,6 +19,7 @@ from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.core.engine_core import EngineCore
 from wavetrain_engine.core.engine_loop import EngineLoop
 from wavetrain_engine.core.outputs import rejection
+from wavetrain_engine.environment import Environment
 from wavetrain_engine.errors import EngineDead, RequestError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.plan import Executor
@@ -66,7 +67,7 @@ class LocalEngine:
         """
         from wavetrain_engine.worker.load import load_executor  # the one import that brings torch in
 
-        executor, facts = load_executor(config)
+        executor, facts = load_executor(config, kernels=Environment.read().kernels)
         return cls(config, facts, executor)
 
     @property
