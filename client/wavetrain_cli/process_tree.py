@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
+_POLL_INTERVAL_S = 0.02
+# Only a process that hangs inside the kernel outlives a SIGKILL for long, and nobody can end that.
+_KILL_TIMEOUT_S = 10.0
 
 
 def adopt_orphans() -> None:
@@ -42,27 +45,25 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def end_descendants(pid: int, *, grace_s: float) -> list[int]:
-    """Waits up to `grace_s` for everything below `pid` to end by itself, then kills what is left and returns its ids.
+def end_descendants(*, grace_s: float) -> list[int]:
+    """Waits up to `grace_s` for everything below this process to end by itself, then kills what is left.
 
-    Collects the exit status of adopted orphans, so `pid` must be this process, and must have no child of its own left
-    that somebody else waits for.
+    Returns the ids of the killed ones. Collects every child's exit status, so nobody else may be waiting for one.
     """
     deadline = time.monotonic() + grace_s
-    while (alive := descendants(pid)) and time.monotonic() < deadline:
-        _reap_children()
-        time.sleep(0.05)
-    killed = alive
-    # A killed parent's children become ours and show up in the next round.
-    while alive:
-        for item in alive:
+    while (has_any := _reap_children()) and time.monotonic() < deadline:
+        time.sleep(_POLL_INTERVAL_S)
+    killed: list[int] = []
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    # A killed parent's children become ours and are found in the next round.
+    while has_any and time.monotonic() < deadline:
+        for item in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(item, signal.SIGKILL)
-        time.sleep(0.02)
-        _reap_children()
-        alive = descendants(pid)
-    _reap_children()
-    return killed
+                killed.append(item)
+        time.sleep(_POLL_INTERVAL_S)
+        has_any = _reap_children()
+    return sorted(set(killed))
 
 
 def _living_parent(entry: Path) -> int | None:
@@ -74,7 +75,11 @@ def _living_parent(entry: Path) -> int | None:
     return None if state in "ZX" else int(parent)
 
 
-def _reap_children() -> None:
-    with contextlib.suppress(ChildProcessError):
+def _reap_children() -> bool:
+    """Collects ended children. Returns whether any are left, be it one whose last threads are only just ending."""
+    try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+    except ChildProcessError:
+        return False
+    return True

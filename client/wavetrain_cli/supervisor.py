@@ -198,7 +198,7 @@ class Supervisor:
             process.kill()
         process.wait()
         grace_s = 0.0 if len(self._signals) > 1 else self._policy.orphan_grace_s
-        end_descendants(os.getpid(), grace_s=grace_s)
+        end_descendants(grace_s=grace_s)
         # Nobody holds the pipe's other end now, so the reader comes to its end.
         reader.join()
         if process.stdout is not None:

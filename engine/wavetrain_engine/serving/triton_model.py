@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from wavetrain_engine.errors import WavetrainError
 from wavetrain_engine.serving.error_codes import error_message
 from wavetrain_engine.serving.model_files import ModelFiles
 from wavetrain_engine.serving.server_log import install_server_log
+from wavetrain_engine.serving.server_watch import exit_with_server
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class TritonModel(ABC):
             pb_utils.TritonModelException: it cannot be started; one line says why.
         """
         install_server_log()
+        exit_with_server(os.getppid())
         try:
             self.start(ModelFiles.read(args))
         except WavetrainError as error:
