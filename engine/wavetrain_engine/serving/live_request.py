@@ -8,6 +8,8 @@ A Triton request becomes one core request per row and returned sequence. Invaria
        or one of them has failed; a failed one ends the whole request, as Triton knows one error per request
     3. whatever piled up since the last response leaves in the next one, so a slow sender merges tokens and
        never loses, doubles or reorders any
+    4. the server is never asked about a request whose last response was sent: it has freed it by then and would
+       crash (measured with server 2.51), so asking and sending the last response exclude each other
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ class LiveRequest:
             request_id: the client's name for it, may be empty.
             sender: the Triton request's response sender.
             schedule: has `flush` called soon, on the request's sender thread.
-            on_end: called once, after the last response.
+            on_end: called once, before the last response is sent.
         """
         self.request_id = request_id
         self.sequences = sequences
@@ -141,6 +143,7 @@ class LiveRequest:
         self._on_end = on_end
         self._by_id = {sequence.request.request_id: sequence for sequence in sequences}
         self._lock = threading.Lock()
+        self._sender_lock = threading.Lock()
         self._updates: list[RequestUpdate] = []
         self._is_scheduled = False
         self._is_ended = False
@@ -160,7 +163,8 @@ class LiveRequest:
 
     def is_cancelled_by_client(self) -> bool:
         """Whether the client has cancelled the call or gone away. A round trip to the server."""
-        return bool(self._sender.is_cancelled())
+        with self._sender_lock:
+            return not self._is_ended and bool(self._sender.is_cancelled())
 
     def flush(self) -> None:
         """Sends what has piled up. Sender thread only."""
@@ -200,8 +204,7 @@ class LiveRequest:
             self._end(pb_utils.InferenceResponse(output_tensors=responses[-1]))
 
     def _end(self, response: Any) -> None:
-        self._is_ended = True
-        try:
+        self._on_end(self)
+        with self._sender_lock:
+            self._is_ended = True
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        finally:
-            self._on_end(self)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine core dies under load on the real server: every stream is told, the server lives, the core comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc.aio as grpc_aio
+
+from fakes.triton_calls import Stream, generate, open_stream, read
+from fakes.triton_server import RunningServer, make_repository, start_server
+
+pytestmark = pytest.mark.server
+
+_LONG = {"text_input": "import os\n", "max_tokens": 1500, "end_id": -1, "stream": True}
+
+
+@pytest.fixture
+def own_server(served_model: Path, tmp_path: Path) -> Iterator[RunningServer]:
+    repository = make_repository(tmp_path / "repository", served_model, num_blocks=1024, max_num_seqs=64)
+    with start_server(repository, tmp_path) as server:
+        yield server
+
+
+async def test_killed_core_ends_streams_and_comes_back(own_server: RunningServer) -> None:
+    core_pid = own_server.runtime_dir.running_core()
+    assert core_pid is not None
+    async with grpc_aio.InferenceServerClient(own_server.grpc_url) as client:
+        calls = [await open_stream(client, "llm" if index % 2 else "ensemble", _LONG) for index in range(8)]
+        streams = await asyncio.gather(*(read(call, Stream(), at_most=2) for call in calls))
+        os.kill(core_pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        await asyncio.wait_for(
+            asyncio.gather(*(read(call, stream) for call, stream in zip(calls, streams, strict=True))), 5
+        )
+        for index, stream in enumerate(streams):
+            prefix = "" if index % 2 else "in ensemble 'ensemble', "
+            assert stream.errors == [f"{prefix}dead: the engine core died; send the request again"]
+    assert own_server.process.poll() is None
+    while True:
+        assert time.monotonic() - killed_s < 15
+        stream = await generate(own_server.grpc_url, "llm", _LONG | {"max_tokens": 4})
+        if not stream.errors:
+            break
+        # Refused at once, not left waiting.
+        assert stream.errors == ["dead: the engine core is restarting; try again"]
+        await asyncio.sleep(0.2)
+    assert stream.chunks[-1].is_final
+    assert own_server.runtime_dir.running_core() not in {None, core_pid}
+    assert own_server.stats().num_blocks_used == 0
+
+
+def test_no_core_is_left_behind(served_model: Path, tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "repository", served_model, num_blocks=64, max_num_seqs=4)
+    with start_server(repository, tmp_path) as server:
+        runtime_dir = server.runtime_dir
+        core_pid = runtime_dir.running_core()
+        assert core_pid is not None
+        server.process.send_signal(signal.SIGKILL)
+        deadline_s = time.monotonic() + 10
+        while runtime_dir.running_core() is not None:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
+
+def test_broken_checkpoint_is_one_clear_line(served_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for source in served_model.iterdir():
+        if source.name != "model.safetensors":
+            (broken / source.name).symlink_to(source)
+    repository = make_repository(tmp_path / "repository", broken, num_blocks=64)
+    with pytest.raises(RuntimeError, match="the server ended"), start_server(repository, tmp_path):
+        pass
+    log = (tmp_path / "server.log").read_text(encoding="utf-8")
+    assert "engine cannot be served: CheckpointError: " in log
+    assert "TritonModelException: invalid: " in log
+    assert "Traceback" not in log
