@@ -135,15 +135,19 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         if request.model not in self.models:
             yield _error(f"Request for unknown model: '{request.model}' is not found")
             return
+        is_cancelled = True
         try:
             async for response in self.script(request):
                 yield _error(response) if isinstance(response, str) else response
+            is_cancelled = False
         except Abort as abort:
+            is_cancelled = False
             await context.abort(abort.code, abort.details)
-        except asyncio.CancelledError:
-            self.cancelled.append(request.request_id)
-            self.was_cancelled.set()
-            raise
+        finally:
+            # CancelledError where the script waits; GeneratorExit where a response was being sent.
+            if is_cancelled:
+                self.cancelled.append(request.request_id)
+                self.was_cancelled.set()
 
 
 def _error(message: str) -> Any:
