@@ -29,6 +29,8 @@ _LEVELS: dict[str, Level] = {
 _PROGRESS = "wavetrain-progress "
 # Said by every 2.51 without an NVIDIA driver; none of it matters to a model that runs on the CPU.
 _NO_GPU_NOISE = re.compile(r"CUDA driver version|CudaDriverHelper|CUDA memory pool|NVML|DCGM|nvidia-smi|cuda_memory")
+# An idle connection that a client keeps open, at the end of a drained server.
+_EXPECTED = re.compile(r"failed to stop server: .*Exit timeout expired")
 _LOAD_FAILURE = re.compile(
     r"failed to load '(?P<model>[^']+)' version \d+: (?:Internal|Invalid argument|\w+): (?P<cause>.*)"
 )
@@ -74,7 +76,7 @@ def parse_line(raw: str) -> LogLine | LoadProgress | None:
 
 def is_noise(line: LogLine, *, has_gpu: bool) -> bool:
     """Whether a line says nothing to the person who started the server."""
-    if line.origin == "triton" and line.level in ("info", "debug"):
+    if line.origin == "triton" and (line.level in ("info", "debug") or _EXPECTED.search(line.text)):
         return True
     return not has_gpu and line.origin == "triton" and _NO_GPU_NOISE.search(line.text) is not None
 

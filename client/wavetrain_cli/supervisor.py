@@ -41,7 +41,7 @@ class SupervisorPolicy:
     """How patient the supervisor is."""
 
     grace_s: float = 30.0
-    exit_timeout_s: float = 15.0  # from SIGTERM to SIGKILL; the server's own time-out is shorter
+    exit_timeout_s: float = 10.0  # from SIGTERM to SIGKILL; the server's own time-out is shorter
     orphan_grace_s: float = 3.0  # stubs and the engine core end by themselves within a second
     first_back_off_s: float = 1.0
     max_back_off_s: float = 16.0

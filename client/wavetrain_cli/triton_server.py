@@ -51,7 +51,7 @@ class ServerOptions:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
-    exit_timeout_s: int = 10
+    exit_timeout_s: int = 5  # requests are drained before; what is left are idle connections
     shm_prefix: str = "wavetrain"
     is_verbose: bool = False
 
