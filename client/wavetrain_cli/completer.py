@@ -18,7 +18,7 @@ from wavetrain_cli.errors import CommandError
 from wavetrain_engine.config import EngineConfig
 
 if TYPE_CHECKING:
-    from wavetrain_engine.llm import AsyncLLM
+    from wavetrain_engine import AsyncLLM
 
 Show = Callable[[str], None]
 
@@ -64,7 +64,7 @@ class LocalCompleter:
         Raises:
             WavetrainError: it cannot be loaded.
         """
-        from wavetrain_engine.llm import AsyncLLM
+        from wavetrain_engine import AsyncLLM
 
         flags = {name: value for section in config.to_mapping().values() for name, value in section.items()}
         self._llm: AsyncLLM = AsyncLLM(**flags)
@@ -74,21 +74,18 @@ class LocalCompleter:
         return self._loop.run_until_complete(_until_interrupt(self._complete(prompt, options, _Stopwatch(show))))
 
     def close(self) -> None:
-        self._llm.close()
+        self._loop.run_until_complete(self._llm.close())
         self._loop.close()
 
     async def _complete(self, prompt: str, options: Mapping[str, Any], watch: _Stopwatch) -> Completion:
-        params = self._llm.default_sampling_params(**options)
-        length = 0
-        outputs = self._llm.generate(prompt, params)
+        from wavetrain_engine import SamplingParams
+
+        params = SamplingParams.from_mapping(options, self._llm.facts.generation.sampling_defaults())
+        outputs = self._llm.generate(prompt, params, is_delta=True)
         try:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
-                    completion = output.outputs[0]
-                    watch.show(completion.text[length:], len(completion.token_ids))
-                    length = len(completion.text)
-                    if output.error is not None:
-                        raise output.error
+                    watch.show(output.outputs[0].text, len(output.outputs[0].token_ids))
         except asyncio.CancelledError:
             return watch.finish(is_cancelled=True)
         return watch.finish()
@@ -111,13 +108,11 @@ class RemoteCompleter:
         from wavetrain_client import ClientError
 
         watch = _Stopwatch(show)
-        num_tokens = 0
         try:
             with self._client.stream(prompt, **options) as chunks:
                 for chunk in chunks:
                     # A server that does not count its tokens sends about one per chunk.
-                    num_tokens += 1 if chunk.num_output_tokens is None else chunk.num_output_tokens
-                    watch.show(chunk.text, num_tokens)
+                    watch.show(chunk.text, 1 if chunk.num_output_tokens is None else chunk.num_output_tokens)
         except KeyboardInterrupt:  # leaving the block has cancelled the request
             return watch.finish(is_cancelled=True)
         except ClientError as error:
@@ -137,10 +132,10 @@ class _Stopwatch:
         self._start_s = time.monotonic()
         self._first_s: float | None = None
 
-    def show(self, text: str, num_tokens: int) -> None:
-        if self._first_s is None and num_tokens:
+    def show(self, text: str, num_new_tokens: int) -> None:
+        if self._first_s is None and num_new_tokens:
             self._first_s = time.monotonic()
-        self._num_tokens = num_tokens
+        self._num_tokens += num_new_tokens
         if text:
             self._show(text)
 

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from wavetrain_cli.checkpoint_check import check_checkpoint
 from wavetrain_cli.completer import Completer, LocalCompleter, RemoteCompleter
 from wavetrain_cli.engine_flags import FlagParser, add_engine_flags, engine_config, has_engine_flags
@@ -87,7 +89,8 @@ def _create_completer(given: argparse.Namespace) -> Completer:
         base, model_dir = EngineConfig(), resolve_model_dir(given.model_dir)
     config = engine_config(given, model_dir=model_dir, base=base)
     check_checkpoint(config)
-    return LocalCompleter(config)
+    with Console(stderr=True).status("loading the model"):
+        return LocalCompleter(config)
 
 
 def _complete_once(completer: Completer, prompt: str, options: dict[str, Any], *, has_stats: bool) -> int:
