@@ -46,14 +46,14 @@ class Stream:
 
 
 def infer_input(name: str, value: Any, *, has_batch: bool) -> grpc_aio.InferInput:
-    """An input from a scalar, a list or an array; scalars and lists get the shapes that their model declares."""
+    """An input from a scalar, a list or an array, in the shape that the model declares; a batch dimension is added."""
     if not isinstance(value, np.ndarray):
         values = value if isinstance(value, list) else [value]
         kind = np.uint64 if name in _UINT64 else _DTYPES[type(values[0])]
         if kind is np.object_:
             values = [item.encode() if isinstance(item, str) else item for item in values]
         value = np.array(values, dtype=kind)
-        value = value[None] if has_batch else value
+    value = value[None] if has_batch else value
     item = grpc_aio.InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype))
     item.set_data_from_numpy(value)
     return item

@@ -23,6 +23,7 @@ def served_model() -> Path:
 def triton_server(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A ready server with the five models. Tests leave it as they found it."""
     work_dir = tmp_path_factory.mktemp("triton")
-    repository = make_repository(work_dir / "repository", served_model, num_blocks=1024, max_num_seqs=64)
+    flags = {"num_blocks": 1024, "max_num_seqs": 64, "max_queue_size": 512}
+    repository = make_repository(work_dir / "repository", served_model, **flags)
     with start_server(repository, work_dir) as server:
         yield server
