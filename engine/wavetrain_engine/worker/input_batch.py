@@ -18,9 +18,6 @@ from numpy.typing import NDArray
 from wavetrain_engine.plan import AdmittedRequest, ScheduledRequest
 from wavetrain_engine.sampling_params import SamplingParams
 
-# With one step in flight a finished request may still run one surplus token.
-_SURPLUS_TOKENS = 1
-
 
 @dataclass(slots=True)
 class RequestRow:
@@ -64,10 +61,10 @@ class InputBatch:
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self._block_size = block_size
-        max_tokens = max_model_len + _SURPLUS_TOKENS
-        max_blocks = -(-max_tokens // block_size)
+        # Surplus rows of a step in flight fit too: the scheduler plans none past a request's last token.
+        max_blocks = -(-max_model_len // block_size)
         # np.zeros maps pages on first touch, so long contexts cost memory only where they are used.
-        self._token_ids = np.zeros((max_num_seqs, max_tokens), dtype=np.int32)
+        self._token_ids = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)

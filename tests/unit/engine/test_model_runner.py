@@ -351,6 +351,14 @@ class TestExecute:
         plan = StepPlan(0, [], [resumed], [ScheduledRequest("a", 0, 8, [], True)])
         assert core.executor.submit(plan).result().prompt_logprobs == [None]
 
+    def test_a_request_id_used_again_starts_afresh(self, make_core: MakeCore) -> None:
+        core = make_core()
+        rows = [ScheduledRequest("a", 0, 4, [], False)]
+        plan = StepPlan(0, [], [self.admit("a", PROMPTS[0], [1], prompt_logprobs=0)], rows)
+        assert [len(entries or []) for entries in core.executor.submit(plan).result().prompt_logprobs] == [4]
+        plan = StepPlan(1, ["a"], [self.admit("a", PROMPTS[1], [2])], rows)
+        assert core.executor.submit(plan).result().prompt_logprobs == [None]
+
     @pytest.mark.parametrize("is_async", [False, True])
     def test_a_step_that_raises_does_so_in_its_result(self, make_core: MakeCore, is_async: bool) -> None:
         core = make_core(async_scheduling=is_async)
