@@ -49,8 +49,8 @@ def let_waiting_threads_sleep() -> None:
     """Makes OpenMP's threads sleep instead of spin while they wait for each other, unless the environment says which.
 
     To be called before torch is imported, as OpenMP reads its variables when it is loaded. Where server, models and
-    clients share two cores with the engine, spinning threads wait for ones that are not running: 9 tokens/s instead of 117
-    (demo model, one stream, November 2026). With the cores to itself the engine was no slower.
+    clients share two cores with the engine, spinning threads wait for ones that are not running: 9 tokens/s instead of
+    117 (demo model, one stream, two cores, November 2026). In a process of its own the engine was no slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
