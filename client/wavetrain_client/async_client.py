@@ -23,7 +23,7 @@ from wavetrain_client.chunk import Chunk, Generation, join_chunks
 from wavetrain_client.errors import Cancelled, ClientError, ConnectionFailed
 from wavetrain_client.options import GenerationRequest, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
-from wavetrain_client.stream import StreamSession
+from wavetrain_client.stream import StopRequest, StreamSession
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -191,7 +191,7 @@ class AsyncClient:
         """Opens a call with one message; for `AsyncChunkStream`."""
         return self._connected_stub().ModelStreamInfer(iter((message,)), timeout=timeout_s)
 
-    def abandon(self, call: Any, stop_message: Any | None) -> None:
+    def abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         """Cancels a call and sends the stop request, if there is one, without waiting; for `AsyncChunkStream`.
 
         May be called in any thread and at any time, because a garbage collector may call it.
@@ -199,20 +199,22 @@ class AsyncClient:
         if call is None or self._loop is None or self._loop.is_closed():
             return
         with contextlib.suppress(RuntimeError):  # the loop was closed in this very moment
-            self._loop.call_soon_threadsafe(self._abandon, call, stop_message)
+            self._loop.call_soon_threadsafe(self._abandon, call, stop_request)
 
-    def _abandon(self, call: Any, stop_message: Any | None) -> None:
+    def _abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         call.cancel()
-        if stop_message is not None:
-            stop = asyncio.ensure_future(self._send_stop(stop_message))
+        if stop_request is not None:
+            stop = asyncio.ensure_future(self._send_stop(stop_request))
             self._stops.add(stop)
             stop.add_done_callback(self._stops.discard)
 
-    async def _send_stop(self, message: Any) -> None:
-        # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
-        with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
-            async for _ in self._stub.ModelStreamInfer(iter((message,)), timeout=STOP_TIMEOUT_S):
-                pass
+    async def _send_stop(self, stop_request: StopRequest) -> None:
+        for delay_s in stop_request.delays_s:
+            await asyncio.sleep(delay_s)
+            # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
+            with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
+                async for _ in self._stub.ModelStreamInfer(iter((stop_request.message,)), timeout=STOP_TIMEOUT_S):
+                    pass
 
 
 class AsyncChunkStream(AsyncIterator[Chunk]):
@@ -250,7 +252,7 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
         self._chunks.clear()
         if not self._is_done:
             self._is_done = True
-            self._client.abandon(self._call, self._session.stop_message)
+            self._client.abandon(self._call, self._session.stop_request)
 
     async def aclose(self) -> None:
         """Does what `close` does, in the form that `contextlib.aclosing` expects."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from wavetrain_client.chunk import Chunk, Generation, join_chunks
 from wavetrain_client.errors import Cancelled, ClientError, ConnectionFailed
 from wavetrain_client.options import GenerationRequest, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
-from wavetrain_client.stream import StreamSession
+from wavetrain_client.stream import StopRequest, StreamSession
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,23 +176,26 @@ class Client:
         self._check_open()
         return self._stub.ModelStreamInfer(iter((message,)), timeout=timeout_s)
 
-    def abandon(self, call: Any, stop_message: Any | None) -> None:
+    def abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         """Cancels a call and sends the stop request, if there is one, without waiting; for `ChunkStream`."""
         if call is not None:
             call.cancel()
-        if stop_message is None or sys.is_finalizing():  # a thread begun now would never run, nor start() return
+        if stop_request is None or sys.is_finalizing():  # a thread begun now would never run, nor start() return
             return
-        stop = threading.Thread(target=self._send_stop, args=(stop_message,), name="wavetrain-stop", daemon=True)
+        stop = threading.Thread(target=self._send_stop, args=(stop_request,), name="wavetrain-stop", daemon=True)
         self._stops.add(stop)
         try:
             stop.start()
         except RuntimeError:  # no new threads while the interpreter shuts down
             self._stops.discard(stop)
 
-    def _send_stop(self, message: Any) -> None:
-        # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
-        with contextlib.suppress(grpc.RpcError, ValueError):
-            deque(self._stub.ModelStreamInfer(iter((message,)), timeout=STOP_TIMEOUT_S), maxlen=0)
+    def _send_stop(self, stop_request: StopRequest) -> None:
+        for delay_s in stop_request.delays_s:
+            time.sleep(delay_s)
+            # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
+            with contextlib.suppress(grpc.RpcError, ValueError):
+                answers = self._stub.ModelStreamInfer(iter((stop_request.message,)), timeout=STOP_TIMEOUT_S)
+                deque(answers, maxlen=0)
         self._stops.discard(threading.current_thread())
 
 
@@ -230,7 +234,7 @@ class ChunkStream(Iterator[Chunk]):
         self._chunks.clear()
         if not self._is_done:
             self._is_done = True
-            self._client.abandon(self._call, self._session.stop_message)
+            self._client.abandon(self._call, self._session.stop_request)
 
     def __enter__(self) -> ChunkStream:
         return self

@@ -7,13 +7,14 @@ means, whether a failure may be repeated and how much time is left is decided he
 Invariants:
     1. a request whose first response has arrived is never sent again
     2. every sequence ends with exactly one chunk that has a finish_reason, or the request ends with an error
-    3. whatever ends the request early, `stop_message` says what the server still has to be told
+    3. whatever ends the request early, `stop_request` says what the server still has to be told
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from wavetrain_client.chunk import Chunk, FinishReason
@@ -36,8 +37,18 @@ from wavetrain_client.wire import (
     encode_stop,
 )
 
+STOP_REPEAT_DELAY_S = 0.5
+
 # Their contracts have no finish reason: it follows from the number of tokens when the stream ends well.
 _MODELS_WITHOUT_REASON = {ENSEMBLE_MODEL, ENGINE_MODEL}
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """What the server has to be told when a request is given up, and when: the delay before each sending."""
+
+    message: Any
+    delays_s: tuple[float, ...]
 
 
 class StreamSession:
@@ -134,14 +145,17 @@ class StreamSession:
         return delay_s
 
     @property
-    def stop_message(self) -> Any | None:
+    def stop_request(self) -> StopRequest | None:
         """What to send when the request is given up now; None when ending the call is enough.
 
         An ensemble does not pass the end of its call on to its steps, so the engine has to be told by request id.
+        Before the first response the request may still be on its way to the engine, which then does not know the
+        id yet: so the engine is told twice.
         """
         if not self._is_running_on_server or self.request.model not in _MODELS_WITHOUT_REASON:
             return None
-        return encode_stop(self.request.id)
+        delays_s = (0.0,) if self._has_response else (0.0, STOP_REPEAT_DELAY_S)
+        return StopRequest(encode_stop(self.request.id), delays_s)
 
     def _time_left_s(self) -> float | None:
         if self._deadline_s is None:

@@ -245,6 +245,17 @@ async def test_cancelling_generate_cancels_the_request():
         assert await seen(fake.was_cancelled)
 
 
+async def test_a_request_given_up_before_its_first_response_is_stopped_twice():
+    async with serve(FakeTriton(hang)) as fake, AsyncClient(fake.url) as client:
+        task = asyncio.ensure_future(client.generate("x", model="ensemble", request_id="r1"))
+        assert await seen(fake.started)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await client.close()
+    assert fake.stopped == ["r1", "r1"]
+
+
 async def test_a_reader_learns_that_someone_else_closed_the_stream():
     async with serve(FakeTriton(say_one_and_hang)) as fake, AsyncClient(fake.url) as client:
         stream = client.stream("x")

@@ -131,19 +131,22 @@ def test_llm_needs_no_stop_message():
     session = new_session()
     session.start_attempt()
     session.receive(reply("a"))
-    assert session.stop_message is None
+    assert session.stop_request is None
 
 
 @pytest.mark.parametrize("model", ["ensemble", "engine"])
 def test_giving_up_a_legacy_request_needs_a_stop_message_while_it_runs(model):
     prompt: Any = "x" if model == "ensemble" else [1, 2]
     session = new_session(model=model, prompt=prompt, request_id="r9")
-    assert session.stop_message is None  # not sent yet
+    assert session.stop_request is None  # not sent yet
     session.start_attempt()
-    stop = ReceivedRequest.read(session.stop_message, None)
+    stop = ReceivedRequest.read(session.stop_request.message, None)
     assert (stop.model, stop.request_id, stop.inputs["stop"]) == ("engine", "r9", [True])
+    assert len(session.stop_request.delays_s) == 2  # it may not have reached the engine yet
+    session.receive(legacy_reply("a"))
+    assert session.stop_request.delays_s == (0.0,)
     received_error(session, "cancelled: stopped")
-    assert session.stop_message is None  # the server ended it
+    assert session.stop_request is None  # the server ended it
 
 
 def test_the_deadline_of_an_ensemble_is_followed_by_a_stop_message():
@@ -151,7 +154,7 @@ def test_the_deadline_of_an_ensemble_is_followed_by_a_stop_message():
     session.start_attempt()
     session.receive(legacy_reply("a"))
     assert isinstance(session.fail("DEADLINE_EXCEEDED", ""), DeadlineExceeded)
-    assert session.stop_message is not None
+    assert session.stop_request is not None
 
 
 def test_errors_of_the_server_are_not_retried_when_they_would_come_again():
