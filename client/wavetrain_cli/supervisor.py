@@ -180,7 +180,7 @@ class Supervisor:
         while process.poll() is None and len(self._signals) == 1:
             if self._service.is_idle():
                 # The last tokens may still be on their way from the models to the callers.
-                self._sleep(2 * self._policy.poll_interval_s)
+                self._sleep(5 * self._policy.poll_interval_s)
                 return
             if time.monotonic() > deadline:
                 self._say(f"stopping: some requests did not finish within {grace_s:g} s (--grace-s) and are cut off")

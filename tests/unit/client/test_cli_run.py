@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`wavetrain run`: one completion, a conversation of them, Ctrl-C; with a real engine in this process and a fake one."""
+"""`wavetrain run`: one completion, a conversation of them, Ctrl-C; with a real engine in this process and with a fake."""
 
 from __future__ import annotations
 
