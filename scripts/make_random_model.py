@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +20,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 16384
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|pad|>"]
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8},
-    "129m": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What sets the sizes of a Llama."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    is_tied: bool
+
+
+SHAPES = {
+    "tiny": Shape(256, 768, 4, 8, 4, is_tied=True),
+    "129m": Shape(768, 3072, 12, 12, 4, is_tied=False),
+    "1b": Shape(2048, 8192, 16, 32, 8, is_tied=True),
 }
-NUM_KV_HEADS = {"tiny": 4, "129m": 4, "1b": 8}
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -57,17 +71,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    shape = SHAPES[args.shape]
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
         max_position_embeddings=4096,
-        num_key_value_heads=NUM_KV_HEADS[args.shape],
-        tie_word_embeddings=args.shape != "129m",
-        **SHAPES[args.shape],
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        tie_word_embeddings=shape.is_tied,
+        dtype=torch.bfloat16,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(args.out)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(args.out)
     train_tokenizer().save_pretrained(args.out)
     print(f"wrote {args.out}")
 

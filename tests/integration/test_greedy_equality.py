@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fakes.tiny_checkpoints import TINY_FAMILIES, TinyCheckpoints
 from transformers import AutoModelForCausalLM
 
+from fakes.tiny_checkpoints import TINY_FAMILIES, TinyCheckpoints
 from wavetrain_engine import LLM, SamplingParams
 
 NUM_OUTPUT_TOKENS = 64
