@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`wavetrain run`: one completion, a conversation of them, Ctrl-C; with a real engine in this process and with a fake."""
+"""`wavetrain run`: one completion, a conversation, Ctrl-C; with a real engine in this process and with a fake one."""
 
 from __future__ import annotations
 
