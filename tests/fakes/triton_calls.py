@@ -111,7 +111,7 @@ async def generate_on(
     """One request, start to end."""
     call = await open_stream(client, model, inputs, **options)
     stream = await asyncio.wait_for(read(call, Stream()), 60)
-    call.cancel()
+    await asyncio.wait_for(read(call, Stream()), 10)  # the server closes the stream: a call cut off here is a cancel
     return stream
 
 

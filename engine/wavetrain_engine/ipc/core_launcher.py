@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,6 @@ class CoreLauncher:
             f"--runtime-dir={runtime_dir.path}",
             f"--server-pid={server_pid}",
         ]
-        self._child: subprocess.Popen[bytes] | None = None
 
     def find_or_start(self) -> int:
         """Returns the running core's pid, of one started now if none was.
@@ -41,16 +41,16 @@ class CoreLauncher:
             OSError: the process could not be started.
         """
         with self._runtime_dir.start_lock():
-            self._reap()
             pid = self._runtime_dir.running_core()
             if pid is not None:
                 return pid
             # A session of its own: the terminal's Ctrl-C, which the server drains on, does not reach it, and
             # its whole process group can be ended at once. stderr is the server's log.
-            self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)
-            self._runtime_dir.record_core(self._child.pid)
-            _LOGGER.info("started the engine core as process %d", self._child.pid)
-            return self._child.pid
+            child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)
+            self._runtime_dir.record_core(child.pid)
+            _LOGGER.info("started the engine core as process %d", child.pid)
+            threading.Thread(target=_reap, args=(child,), name="core-reaper", daemon=True).start()
+            return child.pid
 
     def end_core(self, timeout_s: float) -> None:
         """Waits for the core, which nobody needs any more, to end by itself; kills its process group after that."""
@@ -64,13 +64,12 @@ class CoreLauncher:
                     _wait_for_end(watch, _KILL_TIMEOUT_S)
             finally:
                 watch.close()
-        self._reap()
 
-    def _reap(self) -> None:
-        # Only the process that started a core is its parent; without this a dead one stays as a zombie.
-        if self._child is not None and self._child.poll() is not None:
-            _LOGGER.info("engine core process %d ended with status %d", self._child.pid, self._child.returncode)
-            self._child = None
+
+def _reap(child: subprocess.Popen[bytes]) -> None:
+    # Only the process that started a core is its parent; without this a dead one would stay as a zombie.
+    status = child.wait()
+    _LOGGER.log(logging.INFO if status == 0 else logging.ERROR, "the engine core process ended with status %d", status)
 
 
 def _wait_for_end(watch: ProcessWatch, timeout_s: float) -> bool:

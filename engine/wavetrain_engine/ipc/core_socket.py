@@ -50,6 +50,8 @@ from wavetrain_engine.stats import EngineStats
 _LOGGER = logging.getLogger(__name__)
 # The first client has started us and connects at once; if it never does, it died on the way.
 _FIRST_CLIENT_TIMEOUT_S = 60.0
+# A load can fail before the model that started us has connected; it should not take that for a crash.
+_LAST_WORDS_TIMEOUT_S = 5.0
 # Pids without a pidfd are looked at this often.
 _POLL_INTERVAL_S = 0.2
 
@@ -115,7 +117,10 @@ class CoreSocket:
 
     def report_load_failure(self, code: ErrorCode, message: str) -> None:
         """Tells the clients, the ones included that have just connected, why there will be no engine."""
+        deadline_s = time.monotonic() + _LAST_WORDS_TIMEOUT_S
         self._receive(timeout_s=0.0)
+        while not self._clients and time.monotonic() < deadline_s:
+            self._receive(timeout_s=0.05)
         self._broadcast(LoadFailed(code=code, message=message))
 
     def drain(self, timeout_s: float) -> list[Command]:

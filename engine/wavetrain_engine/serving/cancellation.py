@@ -70,17 +70,18 @@ class LiveRequests:
                 requests = [live for live in self._requests if live not in cancelled]
                 cancelled &= self._requests
             started_s = time.monotonic()
-            for live in requests:
-                if self._is_cancelled(live):
-                    live.cancel()
-                    cancelled.add(live)
+            cancelled.update(live for live in requests if self._cancel_if_given_up(live))
+            requests.clear()  # while this thread sleeps, it must not keep ended requests alive
             took_s = time.monotonic() - started_s
             time.sleep(min(_MAX_INTERVAL_S, max(_INTERVAL_S, took_s / _MAX_SHARE)))
 
     @staticmethod
-    def _is_cancelled(live: LiveRequest) -> bool:
+    def _cancel_if_given_up(live: LiveRequest) -> bool:
         try:
-            return live.is_cancelled_by_client()
-        except Exception:  # the request ended between the snapshot and the question
-            _LOGGER.debug("a request could not be asked for cancellation", exc_info=True)
+            is_cancelled = live.is_cancelled_by_client()
+        except Exception:  # a question that cannot be asked must not end the sweep for all others
+            _LOGGER.warning("a request could not be asked whether it was cancelled", exc_info=True)
             return False
+        if is_cancelled:
+            live.cancel()
+        return is_cancelled

@@ -47,6 +47,7 @@ class SenderPool:
     def _run(self, work: queue.SimpleQueue[LiveRequest | None]) -> None:
         while (live := work.get()) is not None:
             _flush(live)
+            del live  # a thread that waits must not keep an ended request alive
 
 
 def _flush(live: LiveRequest) -> None:
