@@ -44,7 +44,7 @@ class Round:
 @contextmanager
 def serving(model: Path) -> Iterator[str]:
     """Starts `wavetrain serve` on the model and yields its gRPC address."""
-    command = [sys.executable, "-m", "wavetrain_cli", "serve", str(model)]
+    command = [sys.executable, "-m", "wavetrain_cli.main", "serve", str(model)]
     for flag, port in PORTS.items():
         command += [flag, str(port)]
     process = subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=subprocess.PIPE, text=True)
@@ -71,7 +71,7 @@ async def run_server(url: str, model: str, prompts: list[str], num_out: int) -> 
         async for chunk in client.stream(prompt, model=model, max_tokens=num_out, temperature=0, ignore_eos=True):
             now = time.perf_counter()
             (gaps if count else ttft).append((now - (last if count else start)) * 1e3)
-            count += chunk.num_output_tokens
+            count += chunk.num_output_tokens or 0
             last = now
         return count
 
