@@ -66,9 +66,11 @@ async def open_stream(
     *,
     request_id: str = "",
     parameters: dict[str, Any] | None = None,
+    batched: bool = False,
 ) -> Any:
-    """Starts one call; iterate it with `read`, end it early with `.cancel()`."""
-    tensors = [infer_input(name, value, has_batch=model in WITH_BATCH) for name, value in inputs.items()]
+    """Starts one call; iterate it with `read`, end it early with `.cancel()`. `batched`: arrays have their rows."""
+    has_batch = model in WITH_BATCH and not batched
+    tensors = [infer_input(name, value, has_batch=has_batch) for name, value in inputs.items()]
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
         yield {
