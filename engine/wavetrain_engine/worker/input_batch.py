@@ -21,17 +21,11 @@ from wavetrain_engine.sampling_params import SamplingParams
 
 @dataclass(slots=True)
 class RequestRow:
-    """One live request: where its row is, and what does not change from step to step.
-
-    Attributes:
-        first_own_block: index in its block table of the first block it writes itself; the blocks
-            before came from the prefix cache and may be shared.
-    """
+    """One live request: where its row is, and what does not change from step to step."""
 
     row: int
     num_prompt_tokens: int
     sampling_params: SamplingParams
-    first_own_block: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +86,6 @@ class InputBatch:
             row=row,
             num_prompt_tokens=request.num_prompt_tokens,
             sampling_params=request.sampling_params,
-            first_own_block=request.num_computed_tokens // self._block_size,
         )
         self._requests[request.request_id] = entry
         return entry
@@ -115,11 +108,6 @@ class InputBatch:
         positions = self._num_tokens[rows]
         self._token_ids[rows, positions] = token_ids
         self._num_tokens[rows] = positions + 1
-
-    def own_blocks(self, request_id: str) -> list[int]:
-        """The blocks only this request has written: all but those it took from the prefix cache."""
-        entry = self._requests[request_id]
-        return self._block_tables[entry.row, entry.first_own_block : self._num_blocks[entry.row]].tolist()
 
     def prompt_targets(self, row: int, start: int, end: int) -> NDArray[np.int64]:
         """Tokens start + 1 … end of a row: what positions [start, end) should predict."""

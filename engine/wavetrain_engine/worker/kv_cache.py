@@ -12,20 +12,13 @@ from wavetrain_engine.layers.attention import KVCache, KVCacheSpec
 def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
     """Allocates zeroed caches [num_blocks, num_kv_heads, block_size, head_dim], one pair per layer.
 
-    Zeroed, because a kernel may multiply what it masks by a probability of 0, and 0 * NaN is NaN.
+    Zeroed only to be the same in every run: attention never looks at what nobody wrote (docs/decisions/0002).
     """
     shape = spec.shape(num_blocks, block_size)
     return [
         KVCache(key=_zeros(shape, spec.dtype, device), value=_zeros(shape, spec.dtype, device))
         for _ in range(spec.num_layers)
     ]
-
-
-def clear_blocks(caches: list[KVCache], block_ids: list[int]) -> None:
-    """Zeroes blocks, so that a NaN written to them cannot reach the next request that gets them."""
-    for cache in caches:
-        cache.key[block_ids] = 0
-        cache.value[block_ids] = 0
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

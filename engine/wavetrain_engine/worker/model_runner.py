@@ -18,7 +18,6 @@ from wavetrain_engine.sampling.logprobs import prompt_logprobs
 from wavetrain_engine.sampling.sampler import Sampler
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.worker.input_batch import InputBatch, StepInputs
-from wavetrain_engine.worker.kv_cache import clear_blocks
 from wavetrain_kernels.ops import AttentionMetadata
 
 # Prompt log-probabilities need logits at every prompt position; this many rows of V floats at a time.
@@ -56,8 +55,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Applies the plan's differences, computes its rows, appends what they sample.
 
-        A row whose logits are not finite samples nothing, is reported in `errors`, and its own blocks
-        are zeroed; the others are not affected.
+        A row whose logits are not finite samples nothing and is reported in `errors`; the others are not affected.
         """
         self._apply(plan)
         if not plan.scheduled:
@@ -121,8 +119,6 @@ class ModelRunner:
                     sampled[index] = [token_id]
                     logprobs[index] = None if entry is None else [entry]
             self._append(rows, tokens.token_ids, tokens.errors)
-        for index in errors:
-            clear_blocks(self._kv_caches, self._batch.own_blocks(scheduled[index].request_id))
         return StepResult(sampled_token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt, errors=errors)
 
     def _append(self, rows: np.ndarray, token_ids: list[int], errors: dict[int, str]) -> None:
