@@ -18,6 +18,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `do_sample: false`, Hugging Face's default, is honoured only through an explicit temperature of 0;
     vLLM, whose defaults we follow, ignores it too.
+
+    Attributes:
+        max_new_tokens: the default of max_tokens.
     """
 
     eos_token_ids: list[int] = []
@@ -27,6 +30,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
 
     @classmethod
     def load(cls, model_dir: Path) -> GenerationConfig:
@@ -44,6 +48,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         known = {name: values[name] for name in cls.__struct_fields__ if values.get(name) is not None}
         try:
             loaded = msgspec.convert(known | {"eos_token_ids": eos_token_ids}, cls)
+            # A negative id is how some checkpoints say that there is none.
+            ends = [token_id for token_id in loaded.eos_token_ids if token_id >= 0]
+            loaded = msgspec.structs.replace(loaded, eos_token_ids=ends)
             loaded.sampling_defaults()  # refused now, not at the first request
         except (msgspec.ValidationError, InvalidSamplingParams) as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
@@ -52,9 +59,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     def sampling_defaults(self) -> SamplingParams:
         """Returns SamplingParams with this checkpoint's values where it gives some."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        return SamplingParams.from_mapping(
-            {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        )
+        values = {name: getattr(self, name) for name in names} | {"max_tokens": self.max_new_tokens}
+        return SamplingParams.from_mapping({name: value for name, value in values.items() if value is not None})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,7 +20,10 @@ from wavetrain_kernels.errors import ShapeError
 
 # N = rows, V = vocabulary size.
 
-_NOT_FINITE = "the model produced NaN or infinite logits for this request; try again, or serve the model in float32"
+_NOT_FINITE = (
+    "the model produced NaN or infinite logits for this request; if others end so too, serve the model with "
+    "--dtype bfloat16 or float32"
+)
 _ALL_FORBIDDEN = "no token is left to choose from; loosen logit_bias, bad_words or min_tokens of this request"
 
 

@@ -37,6 +37,8 @@ def test_without_files_nothing_is_known(tmp_path: Path) -> None:
         ({"eos_token_id": [2, 3]}, {"eos_token_id": None}, [2, 3]),
         ({"eos_token_id": None}, None, []),
         ({}, {"eos_token_id": 7}, [7]),
+        ({"eos_token_id": -1}, None, []),
+        ({}, {"eos_token_id": [7, -1]}, [7]),
     ],
 )
 def test_end_tokens(tmp_path: Path, config: Any, generation: Any, expected: list[int]) -> None:
@@ -48,6 +50,10 @@ def test_sampling_defaults(tmp_path: Path) -> None:
     loaded = load(tmp_path, {"bos_token_id": 1}, {**values, "do_sample": True, "transformers_version": "5"})
     assert loaded.bos_token_id == 1
     assert loaded.sampling_defaults() == SamplingParams(**values)
+
+
+def test_the_default_length(tmp_path: Path) -> None:
+    assert load(tmp_path, None, {"max_new_tokens": 128}).sampling_defaults() == SamplingParams(max_tokens=128)
 
 
 def test_a_request_may_ask_for_something_else(tmp_path: Path) -> None:
@@ -69,6 +75,7 @@ def test_a_request_may_ask_for_something_else(tmp_path: Path) -> None:
         ({"temperature": -1.0}, r"generation_config\.json: temperature must be at least 0"),
         ('{"top_p": NaN}', r"generation_config\.json: top_p must be a finite number"),
         ({"top_k": -5}, "top_k must be between -1"),
+        ({"max_new_tokens": 0}, "max_tokens must be between 1"),
     ],
 )
 def test_a_bad_file_is_found_at_load(tmp_path: Path, generation: Any, message: str) -> None:
