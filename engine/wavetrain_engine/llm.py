@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import queue
 import threading
@@ -54,7 +55,7 @@ class LLM:
             {"model": str(model), "dtype": dtype, "skip_tokenizer_init": skip_tokenizer_init, **flags}
         )
         tokenizer, chat_template = load_text(config)
-        self._start(config, LocalEngine.load(config), tokenizer, chat_template)
+        self._start(config, LocalEngine.load(_with_room_for_all(config)), tokenizer, chat_template)
 
     @classmethod
     def from_executor(
@@ -67,7 +68,7 @@ class LLM:
     ) -> LLM:
         """Makes an LLM of an executor that is loaded already, and now belongs to it."""
         llm = cls.__new__(cls)
-        llm._start(config, LocalEngine(config, facts, executor), tokenizer, chat_template)
+        llm._start(config, LocalEngine(_with_room_for_all(config), facts, executor), tokenizer, chat_template)
         return llm
 
     def _start(
@@ -80,8 +81,8 @@ class LLM:
         self._engine = engine
         self._factory = RequestFactory(engine.facts, tokenizer, chat_template)
         self._request_ids = itertools.count()
-        # The core refuses more; offline, requests wait here instead.
-        self._seats = threading.Semaphore(engine.facts.max_num_seqs + config.scheduler.max_queue_size)
+        # Where a server refuses requests, here they wait.
+        self._seats = threading.Semaphore(_num_seats(config))
         self._close = weakref.finalize(self, _close, engine, self._factory)
 
     @property
@@ -281,6 +282,17 @@ def _progress_bar(num_requests: int, is_shown: bool) -> Generator[_Bar | None, N
         return
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         yield _Bar(progress, num_requests)
+
+
+def _num_seats(config: EngineConfig) -> int:
+    """How many requests the core is given at a time."""
+    return config.scheduler.max_num_seqs + config.scheduler.max_queue_size
+
+
+def _with_room_for_all(config: EngineConfig) -> EngineConfig:
+    """Returns the core's configuration: with blocks short, all it is given may have to wait, and none is refused."""
+    scheduler = dataclasses.replace(config.scheduler, max_queue_size=_num_seats(config))
+    return dataclasses.replace(config, scheduler=scheduler)
 
 
 def _per_prompt(name: str, value: Any, num_prompts: int, kind: Any) -> list[Any]:

@@ -31,6 +31,7 @@ _logger = logging.getLogger(__name__)
 Sink = Callable[[RequestUpdate], None]
 _CLOSED = "the engine is closed; make a new one"
 _DIED = "the engine failed and cannot go on; make a new one"
+_FORKED = "the engine belongs to the process that made it, and threads do not survive a fork; make one in this process"
 
 
 class LocalEngine:
@@ -83,8 +84,7 @@ class LocalEngine:
             RequestError: an unfinished request has the same id; the sink is never called.
         """
         with self._lock:
-            if not self._is_open:
-                raise EngineDead(_CLOSED if self._failure is None else _DIED) from self._failure
+            self._check_alive()
             if request.request_id in self._sinks:
                 raise RequestError(
                     f"request_id {request.request_id!r} is in use by an unfinished request; choose another"
@@ -104,8 +104,7 @@ class LocalEngine:
         """
         answer: Future[EngineStats] = Future()
         with self._lock:
-            if not self._is_open:
-                raise EngineDead(_CLOSED if self._failure is None else _DIED)
+            self._check_alive()
             self._inbox.put(answer)
         return answer.result()
 
@@ -114,6 +113,12 @@ class LocalEngine:
         self._inbox.put(Shutdown())
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _check_alive(self) -> None:
+        if not self._is_open:
+            raise EngineDead(_CLOSED if self._failure is None else _DIED) from self._failure
+        if not self._thread.is_alive():  # it closes the engine before it ends, so it never lived in this process
+            raise EngineDead(_FORKED)
 
     def _run(self) -> None:
         try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -219,6 +220,34 @@ def test_more_prompts_than_the_queue_holds(make_llm: Factory) -> None:
     assert [output.outputs[0].token_ids for output in outputs] == [
         expected([5, index], SamplingParams(temperature=0.0, max_tokens=4)) for index in range(60)
     ]
+
+
+@pytest.mark.parametrize("max_queue_size", [0, 1, 3])
+def test_nobody_is_refused_while_blocks_are_short(make_llm: Factory, max_queue_size: int) -> None:
+    llm = make_llm(max_queue_size=max_queue_size, num_blocks=64)  # one request of max_model_len has them all
+    prompts = [[5, index] * 60 for index in range(30)]
+    outputs = llm.generate(prompts, GREEDY)
+    assert [output.outputs[0].token_ids for output in outputs] == [expected(prompt) for prompt in prompts]
+    assert max(len(plan.scheduled) for plan in llm.executor.plans) < 8  # type: ignore[attr-defined]
+
+
+def test_a_forked_child_is_told(make_llm: Factory) -> None:
+    llm = make_llm()
+    child = multiprocessing.get_context("fork").Process(target=_use_parents_engine, args=(llm,))
+    child.start()
+    child.join(20)
+    try:
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+    assert llm.generate([5], GREEDY)[0].outputs[0].token_ids == expected([5])
+
+
+def _use_parents_engine(llm: LLM) -> None:
+    for call in (lambda: llm.generate([5], GREEDY), llm.read_stats):
+        with pytest.raises(EngineDead, match="fork"):
+            call()
+    llm.close()
 
 
 def test_threads_share_the_engine(make_llm: Factory) -> None:
