@@ -44,11 +44,7 @@ class WindowTracker:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # As Detokenizer begins after a prompt.
-        state = tokenizer.decoding_state(skip_special_tokens=True)
-        state.push(tokenizer.visible_tail(prompt_token_ids, _PROMPT_TAIL_TOKENS, skip_special_tokens=True))
-        state.settle()
-        self._tail_ids = list(state.tail)
+        self._tail_ids = _tail_of_prompt(tokenizer, prompt_token_ids)
         self._token_ids: list[int] = []
         self._num_sent_chars = 0
 
@@ -79,3 +75,25 @@ class WindowTracker:
             self._tail_ids = next_tail(self._tokenizer, self._tail_ids, self._token_ids)
             self._token_ids = []
             self._num_sent_chars = 0
+
+
+def _tail_of_prompt(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> list[int]:
+    """The tail from which a fresh detokenizer goes on as TextStream's does after the prompt."""
+    state = tokenizer.decoding_state(skip_special_tokens=True)
+    state.push(tokenizer.visible_tail(prompt_token_ids, _PROMPT_TAIL_TOKENS, skip_special_tokens=True))
+    tail = list(state.tail)
+    state.settle()
+    if state.tail == tail:
+        return tail
+    # Complete characters of a run of byte tokens were given up, and with them the sign that text came before,
+    # without which SentencePiece's decoders would take the output's first space away.
+    return [*_token_of_text(tokenizer), *state.tail]
+
+
+def _token_of_text(tokenizer: Tokenizer) -> list[int]:
+    """Any one token that is plain text, to stand for the text before."""
+    for token_id in tokenizer.encode("a", add_special_tokens=False):
+        state = tokenizer.decoding_state(skip_special_tokens=True)
+        if state.push([token_id]) and not state.has_pending():
+            return [token_id]
+    return []

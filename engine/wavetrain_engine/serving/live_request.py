@@ -177,6 +177,7 @@ class LiveRequest:
                 return
             sequence = self._by_id[update.request_id]
             if update.error_code is not None and not sequence.is_finished:
+                sequence.is_finished = True
                 self.fail(update.error_code, update.error or "the request failed")
                 return
             if sequence.take(update):
