@@ -28,7 +28,9 @@ _LEVELS: dict[str, Level] = {
 }
 _PROGRESS = "wavetrain-progress "
 # Said by every 2.51 without an NVIDIA driver; none of it matters to a model that runs on the CPU.
-_NO_GPU_NOISE = re.compile(r"CUDA driver version|CudaDriverHelper|CUDA memory pool|NVML|DCGM|nvidia-smi|cuda_memory")
+_NO_GPU_NOISE = re.compile(
+    r"CUDA driver version|CudaDriverHelper|CUDA memory pool|NVML|DCGM|nvidia-smi|pinned system memory"
+)
 # An idle connection that a client keeps open, at the end of a drained server.
 _EXPECTED = re.compile(r"failed to stop server: .*Exit timeout expired")
 _LOAD_FAILURE = re.compile(
