@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,8 +99,9 @@ def _model_dir(config: EngineConfig) -> Path:
     if not config.model.model:
         raise ConfigError("no model is set; give a checkpoint directory")
     model_dir = Path(config.model.model)
-    if not model_dir.is_dir():
-        raise CheckpointError(f"there is no checkpoint directory {model_dir.name!r}; give a Hugging Face model folder")
+    if not os.path.isdir(model_dir):  # unlike Path.is_dir, False for a name too long
+        name = model_dir.name[:80]
+        raise CheckpointError(f"there is no checkpoint directory {name!r}; give a Hugging Face model folder")
     return model_dir
 
 

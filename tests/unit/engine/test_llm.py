@@ -383,6 +383,8 @@ def test_priorities(make_llm: Factory) -> None:
 def test_errors_at_load(tmp_path: Any) -> None:
     with pytest.raises(CheckpointError):
         LLM(model=str(tmp_path / "missing"))
+    with pytest.raises(CheckpointError, match="no checkpoint directory"):
+        LLM(model="x" * 5000)
     with pytest.raises(CheckpointError, match="skip-tokenizer-init"):
         LLM(model=str(tmp_path))
     with pytest.raises(ConfigError, match="max_num_seqs"):
