@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output went away (`| head`). Python would complain once more while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A full disk, a folder that cannot be written: the system's own words, with the file they are about.
+        place = f"{error.filename}: " if error.filename else ""
+        return _report(error, 1, is_debugging=is_debugging, message=f"{place}{error.strerror or error}")
 
 
 def _dispatch(arguments: list[str], environment: Environment) -> int:
@@ -107,10 +111,10 @@ def _version() -> str:
         return "from a source tree, not installed"
 
 
-def _report(error: Exception, exit_code: int, *, is_debugging: bool) -> int:
+def _report(error: Exception, exit_code: int, *, is_debugging: bool, message: str | None = None) -> int:
     if is_debugging:
         raise error
-    print(f"wavetrain: {error}", file=sys.stderr)
+    print(f"wavetrain: {message or error}", file=sys.stderr)
     return exit_code
 
 

@@ -15,6 +15,7 @@ from wavetrain_cli.errors import CommandError
 from wavetrain_cli.ports import check_ports
 from wavetrain_cli.repository import ENGINE_TOML, build_repository, packaged_repository, resolve_model_dir
 from wavetrain_cli.server_log import ServerLog
+from wavetrain_cli.shared_memory import SharedMemory
 from wavetrain_cli.supervisor import Supervisor, SupervisorPolicy
 from wavetrain_cli.triton_server import (
     ServerOptions,
@@ -80,14 +81,14 @@ def main(arguments: list[str], environment: Environment) -> int:
     log_path = environment.cache_dir / "logs" / f"serve-{given.http_port}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     display = Display()
-    shm_prefix = f"wavetrain-{given.http_port}-"
+    shared_memory = SharedMemory()
     options = ServerOptions(
         model_repository=repository.path,
         host=given.host,
         http_port=given.http_port,
         grpc_port=given.grpc_port,
         metrics_port=given.metrics_port,
-        shm_prefix=shm_prefix,
+        shm_prefix=shared_memory.prefix,
         is_verbose=given.verbose,
     )
     host = local_host(given.host)
@@ -106,7 +107,7 @@ def main(arguments: list[str], environment: Environment) -> int:
             log=log,
             say=display.say,
             on_ready=lambda: display.ready(_ready_text(given, host, repository)),
-            shm_prefix=shm_prefix,
+            on_ended=shared_memory.remove_regions,
             policy=SupervisorPolicy(grace_s=given.grace_s),
         )
         try:
@@ -115,6 +116,7 @@ def main(arguments: list[str], environment: Environment) -> int:
             raise CommandError(f"{error} (the whole log: {log_path})", exit_code=error.exit_code) from error
         finally:
             display.stop_progress()
+            shared_memory.close()
 
 
 def _prepare_repository(given: argparse.Namespace, cache_dir: Path) -> _Repository:

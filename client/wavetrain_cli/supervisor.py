@@ -33,7 +33,6 @@ from wavetrain_cli.process_tree import adopt_orphans, end_descendants
 from wavetrain_cli.server_log import ServerLog
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,13 @@ class Service(Protocol):
 
 
 class Supervisor:
-    """Runs one server command until a signal or a crash loop. `say` takes the lines meant for a person."""
+    """Runs one server command until a signal or a crash loop.
+
+    Args:
+        say: takes the lines meant for a person.
+        on_ready: called once, when the first server is ready.
+        on_ended: called whenever a server and all its processes have ended; removes what they left behind.
+    """
 
     def __init__(
         self,
@@ -78,7 +83,7 @@ class Supervisor:
         log: ServerLog,
         say: Callable[[str], None],
         on_ready: Callable[[], None],
-        shm_prefix: str | None = None,
+        on_ended: Callable[[], None],
         policy: SupervisorPolicy | None = None,
     ) -> None:
         self._command = list(command)
@@ -87,7 +92,7 @@ class Supervisor:
         self._log = log
         self._say = say
         self._on_ready = on_ready
-        self._shm_prefix = shm_prefix
+        self._on_ended = on_ended
         self._policy = policy or SupervisorPolicy()
         self._signals: list[int] = []
         self._wake = threading.Event()
@@ -203,9 +208,7 @@ class Supervisor:
         reader.join()
         if process.stdout is not None:
             process.stdout.close()
-        if self._shm_prefix is not None:
-            for region in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
-                region.unlink(missing_ok=True)
+        self._on_ended()
 
     def _back_off(self, process: subprocess.Popen[bytes]) -> None:
         policy = self._policy

@@ -51,6 +51,7 @@ def main() -> int:
             ),
             say=say,
             on_ready=lambda: say("ready"),
+            on_ended=lambda: None,
             policy=SupervisorPolicy(
                 grace_s=grace_s,
                 exit_timeout_s=0.5,

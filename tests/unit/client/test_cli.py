@@ -194,6 +194,16 @@ def test_repo_build_says_what_is_missing(fails: Callable[..., str], tmp_path: Pa
     assert "--out" in fails("repo", "build", str(write_checkpoint(tmp_path / "model")), code=2)
 
 
+def test_a_cache_folder_that_cannot_be_made_is_one_line(
+    fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WAVETRAIN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert "Not a directory" in fails(
+        "serve", *(f"--{name}-port={free_port()}" for name in ("http", "grpc", "metrics"))
+    )
+
+
 def test_doctor_tells_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
