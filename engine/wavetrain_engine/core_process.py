@@ -94,7 +94,8 @@ def _load_worker(config: EngineConfig, progress: Progress) -> tuple[Executor, En
 
     from wavetrain_engine.worker.load import load_executor
 
-    torch.set_num_threads(_num_physical_cores())
+    # Never more than torch chose: a number that OMP_NUM_THREADS asks for stays.
+    torch.set_num_threads(min(torch.get_num_threads(), _num_physical_cores()))
     return load_executor(config, kernels=Environment.read().kernels, progress=progress)
 
 
