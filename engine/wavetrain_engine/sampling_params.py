@@ -138,20 +138,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         changes = {name: _coerce(name, value) for name, value in values.items()}
         return msgspec.structs.replace(base, **changes)
 
-    @classmethod
-    def from_json(cls, text: str | bytes, defaults: SamplingParams | None = None) -> SamplingParams:
-        """Builds parameters from a JSON object, as vLLM's Triton backend takes them.
 
-        Raises:
-            InvalidSamplingParams: not a JSON object, or what `from_mapping` refuses.
-        """
-        try:
-            values: object = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InvalidSamplingParams("sampling_parameters is not valid JSON; send one JSON object") from error
-        if not isinstance(values, dict):
-            raise InvalidSamplingParams(f"sampling_parameters must be a JSON object, got {type(values).__name__}")
-        return cls.from_mapping(cast("dict[str, Any]", values), defaults)
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """Decodes sampling parameters as vLLM's Triton backend takes them; `from_mapping` reads what they say.
+
+    Raises:
+        InvalidSamplingParams: not a JSON object.
+    """
+    try:
+        values: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidSamplingParams("sampling_parameters is not valid JSON; send one JSON object") from error
+    if not isinstance(values, dict):
+        raise InvalidSamplingParams(f"sampling_parameters must be a JSON object, got {type(values).__name__}")
+    return cast("dict[str, Any]", values)
 
 
 _INTS = {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"}

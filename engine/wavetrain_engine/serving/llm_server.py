@@ -7,12 +7,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
-from wavetrain_engine.errors import InvalidSamplingParams, RequestError, WavetrainError
+from wavetrain_engine.errors import RequestError, WavetrainError
 from wavetrain_engine.facts import EngineFacts
-from wavetrain_engine.sampling_params import SamplingParams
+from wavetrain_engine.sampling_params import SamplingParams, parse_json_object
 from wavetrain_engine.serving.contracts import LLM
 from wavetrain_engine.serving.error_codes import error_response
 from wavetrain_engine.serving.generation import Generation
@@ -106,13 +105,14 @@ class LlmServer(TritonModel):
             end_id_params(tensors.scalar("end_id", 0), self._facts.vocab_size),
             word_inputs(tensors, 0, self._tokenizer),
         )
-        given = _json_object(tensors.text("sampling_parameters", 0))
-        if given is None:
+        text = tensors.text("sampling_parameters", 0)
+        if text is None:
             # As vLLM's backend: without the tensor, the request's own parameters are sampling parameters.
             given = {} if is_legacy else parameters.others
             if is_legacy:
                 parameters.refuse_others()
         else:
+            given = parse_json_object(text or "{}")
             parameters.refuse_others()
         if not is_legacy:
             return vllm_sampling_params(inputs, extra, given, self._defaults)
@@ -130,15 +130,3 @@ def _includes_prompt(inputs: RowInputs, *, is_legacy: bool) -> bool:
             raise RequestError("exclude_input_in_output = false is not possible with stream; leave it out")
         return False
     return not options.exclude_input
-
-
-def _json_object(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        values = msgspec.json.decode(text or "{}")
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidSamplingParams("sampling_parameters is not valid JSON; send one JSON object") from error
-    if not isinstance(values, dict):
-        raise InvalidSamplingParams(f"sampling_parameters must be a JSON object, got {type(values).__name__}")
-    return values
