@@ -24,7 +24,6 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     eos_token_ids: list[int] = []
-    bos_token_id: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None

@@ -25,11 +25,6 @@ class Model(nn.Module):
         self.max_model_len = max_model_len
         self.device = device
 
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers; as many KV caches does `forward` want."""
-        return self.config.num_layers
-
     def kv_cache_spec(self) -> KVCacheSpec:
         """Returns what the KV cache of this model is made of."""
         return KVCacheSpec(
@@ -49,7 +44,10 @@ class Model(nn.Module):
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
     ) -> Tensor:
-        """Takes input_ids [T] and positions [T], writes their KV, returns the final hidden states [T, H]."""
+        """Takes input_ids [T], positions [T] and a KV cache for each layer, which it writes to.
+
+        Returns the final hidden states [T, H].
+        """
         raise NotImplementedError
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -43,11 +43,6 @@ class Checkpoint:
             return cls(_read_shards(model_dir, _read_index(model_dir / INDEX_FILE)))
         raise _no_weights(model_dir)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.num_bytes for entry in self.tensors.values())
-
 
 def first_few(names: list[str]) -> str:
     """Returns up to three names and how many more there are, for a message."""

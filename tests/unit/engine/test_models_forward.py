@@ -43,7 +43,7 @@ class PagedRun:
         # What was in a block before must never matter.
         caches = [
             KVCache(*(torch.full(shape, float("nan"), dtype=spec.dtype) for _ in range(2)))
-            for _ in range(model.num_layers)
+            for _ in range(model.config.num_layers)
         ]
         generator = torch.Generator().manual_seed(3)
         scrambled = torch.randperm(NUM_BLOCKS, generator=generator).int()
