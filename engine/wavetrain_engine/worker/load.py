@@ -82,11 +82,7 @@ def load_executor(
     runner = ModelRunner(
         model=model,
         kv_caches=allocate_kv_caches(model.kv_cache_spec(), num_blocks, config.cache.block_size, device),
-        batch=InputBatch(
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_model_len=max_model_len,
-            block_size=config.cache.block_size,
-        ),
+        batch=_input_batch(config, max_model_len),
         state=SamplingState(model_config.vocab_size, device),
         eos_token_ids=generation.eos_token_ids,
         device=device,
@@ -146,6 +142,17 @@ def _fit_model_len(config: EngineConfig, max_model_len: int, num_blocks: int) ->
 
 def _pool_flag(config: EngineConfig) -> str:
     return "--kv-cache-memory" if config.cache.num_blocks is None else "--num-blocks"
+
+
+def _input_batch(config: EngineConfig, max_model_len: int) -> InputBatch:
+    max_num_seqs = config.scheduler.max_num_seqs
+    try:
+        return InputBatch(max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=config.cache.block_size)
+    except MemoryError as error:
+        raise ConfigError(
+            f"not enough memory for the token ids of {max_num_seqs} requests of {max_model_len} tokens; lower "
+            "--max-num-seqs or --max-model-len"
+        ) from error
 
 
 def _log_facts(facts: EngineFacts) -> None:

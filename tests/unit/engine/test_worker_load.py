@@ -70,6 +70,15 @@ def test_the_dtype_may_be_another(checkpoint: Path, dtype: str) -> None:
     assert load(checkpoint, dtype=dtype).dtype == dtype
 
 
+def test_too_many_seats_for_the_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_sizes: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("wavetrain_engine.worker.load.InputBatch", refuse)
+    with pytest.raises(ConfigError, match="4 requests of 512 tokens; lower --max-num-seqs or --max-model-len"):
+        load(checkpoint)
+
+
 def test_a_length_that_was_not_asked_for_gives_way(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="wavetrain_engine"):
         facts = load(checkpoint, num_blocks=5)
