@@ -60,8 +60,7 @@ class RequestFactory:
             RequestError: the prompt or a parameter is wrong.
         """
         asked = self._defaults if params is None else params
-        if timeout_s is not None and not timeout_s > 0:
-            raise RequestError(f"timeout_s must be more than 0, got {timeout_s}")
+        _check_options(asked, priority, timeout_s, cache_salt)
         asked = resolve_params(asked, self.tokenizer)
         parsed = Prompt.parse(prompt, self.tokenizer, max_tokens=self._facts.max_model_len)
         request = EngineRequest(
@@ -106,6 +105,24 @@ class RequestFactory:
         """Ends what renders chat templates."""
         if self._chat_template is not None:
             self._chat_template.close()
+
+
+def _check_options(params: object, priority: object, timeout_s: object, cache_salt: object) -> None:
+    """Over IPC the types are checked when a frame is decoded; here a wrong one would end the engine thread.
+
+    Raises:
+        RequestError: one has a wrong type or value.
+    """
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise RequestError(f"priority must be an integer, got {type(priority).__name__}")
+    if not isinstance(cache_salt, str):
+        raise RequestError(f"cache_salt must be a string, got {type(cache_salt).__name__}; empty is none")
+    if timeout_s is None:
+        return
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+        raise RequestError(f"timeout_s must be a number, more than 0, got {timeout_s!r:.40}")
 
 
 def load_text(config: EngineConfig) -> tuple[Tokenizer | None, ChatTemplate | None]:

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,6 +181,26 @@ async def test_errors_are_raised(llm: AsyncLLM) -> None:
             pass
     with pytest.raises(RequestError, match="timeout_s"):
         await llm.generate([5], GREEDY, timeout_s=-1).__anext__()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"sampling_params": {"n": 2}},
+        {"priority": "high"},
+        {"priority": None},
+        {"cache_salt": None},
+        {"cache_salt": 5},
+        {"timeout_s": "5"},
+    ],
+    ids=str,
+)
+async def test_an_option_of_a_wrong_type_disturbs_nobody(tokenizer: Tokenizer, option: dict[str, Any]) -> None:
+    async with make(tokenizer) as llm:
+        running = asyncio.create_task(last_of(llm, [5]))
+        with pytest.raises(RequestError, match=next(iter(option))):
+            await llm.generate([6], **option).__anext__()
+        assert (await running).outputs[0].token_ids == expected([5])
 
 
 async def test_nan_is_request_failed(tokenizer: Tokenizer) -> None:
