@@ -23,7 +23,11 @@ from transformers import LlamaForCausalLM
 
 # Shapes: B = rows, T = tokens of a row, V = vocabulary.
 
-PROMPTS = ("def __init__(self", "import os\n\ndef walk(top):\n")
+PROMPTS = (
+    "def __init__(self",
+    "import os\n\ndef walk(top):",
+    "<|user|>\nReturn the absolute path of a file.<|end|>\n<|assistant|>\n",
+)
 SMOOTHING = (0.001, 0.003, 0.01, 0.03, 0.1)  # the baseline gets the best of them, chosen on the held-out text itself
 SAMPLE_TOKENS = 96
 
@@ -126,24 +130,26 @@ def measure(folder: Path, draft_folder: Path, train: Tensor, held_out: Tensor, h
     )
 
 
-def _complete(folder: Path, prompt: str, seed: int | None) -> str:
-    """Returns prompt and completion: greedy without a seed, else with generation_config.json's sampling."""
-    # Any: transformers' own types do not let a Llama generate.
-    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def _complete(model: Any, tokenizer: Tokenizer, prompt: str, seed: int | None) -> str:
+    """Returns prompt and completion: greedy without a seed, else with generation_config.json's sampling.
+
+    The model is Any because transformers' own types do not let a Llama generate.
+    """
     inputs = torch.tensor([tokenizer.encode(prompt).ids])
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if seed is not None:
         torch.manual_seed(seed)
         how = {"do_sample": True}
     output = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=SAMPLE_TOKENS, **how)
-    return tokenizer.decode(output[0].tolist())
+    return tokenizer.decode(output[0].tolist(), skip_special_tokens=False).removeprefix("<|bos|>")
 
 
 def samples(folder: Path, seed: int) -> str:
     """Returns completions as Markdown: the first ones, not picked."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     blocks = [
-        f"{how}:\n\n```python\n{_complete(folder, prompt, choice).rstrip()}\n```\n"
+        f"{how}:\n\n```python\n{_complete(model, tokenizer, prompt, choice).rstrip()}\n```\n"
         for prompt in PROMPTS
         for how, choice in (("Greedy", None), ("Sampled", seed))
     ]
