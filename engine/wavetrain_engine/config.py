@@ -85,7 +85,6 @@ class SchedulerSection:
         0, "tokens of one prompt per step at most; 0: only max_num_batched_tokens bounds it", low=0, high=_MAX_INT32
     )
     async_scheduling: bool = _option(False, "plan a step while the one before it runs")
-    static_batching: bool = _option(False, "admit requests only into an empty batch (for comparison benchmarks)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,6 @@ def _draw_scenario(draw: Draw) -> Scenario:
         "long_prefill_token_threshold": draw(0, 6),
         "enable_prefix_caching": draw(0, 3) > 0,
         "async_scheduling": draw(0, 1) == 1,
-        "static_batching": draw(0, 9) == 9,
         "max_queue_size": 100 if draw(0, 4) else draw(0, 3),
     }
     capacity = block_size * num_blocks

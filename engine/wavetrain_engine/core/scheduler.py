@@ -80,8 +80,6 @@ class Scheduler:
         self._max_num_seqs = facts.max_num_seqs
         self._max_num_batched_tokens = facts.max_num_batched_tokens
         self._long_prefill_token_threshold = config.long_prefill_token_threshold or facts.max_num_batched_tokens
-        self._is_static = config.static_batching
-        self._is_batch_open = True
         self._is_out_of_blocks = False  # the last plan admitted fewer than it had seats for
         # Hysteresis: what is admitted into the last blocks is preempted a step later, for nothing.
         self._num_watermark_blocks = kv_cache.num_blocks // 100
@@ -121,9 +119,7 @@ class Scheduler:
         requests: list[RequestState] = []
         admitted: list[AdmittedRequest] = []
         budget, num_owed_blocks = self._schedule_running(rows, requests)
-        if self._may_admit():
-            budget = self._schedule_waiting(rows, requests, admitted, budget, num_owed_blocks, now_ns)
-            self._is_batch_open = budget == 0
+        self._schedule_waiting(rows, requests, admitted, budget, num_owed_blocks, now_ns)
         if not rows:
             return None
         plan = StepPlan(step_id=self.counters.num_steps, removed=self._removed, admitted=admitted, scheduled=rows)
@@ -225,10 +221,6 @@ class Scheduler:
         self._removed.append(request.request_id)
         self._waiting.push(request)
 
-    def _may_admit(self) -> bool:
-        """Static batching fills an empty batch, over several steps if the budget is short, and then shuts it."""
-        return not self._is_static or self._is_batch_open or not self._running
-
     def _schedule_waiting(
         self,
         rows: list[ScheduledRequest],
@@ -237,8 +229,8 @@ class Scheduler:
         budget: int,
         num_owed_blocks: int,
         now_ns: int,
-    ) -> int:
-        """Admits in strict order while there are budget, seats and blocks; returns the budget left."""
+    ) -> None:
+        """Admits in strict order while there are budget, seats and blocks."""
         self._is_out_of_blocks = False
         while budget > 0 and len(self._running) < self._max_num_seqs:
             request = self._waiting.peek()
@@ -269,7 +261,6 @@ class Scheduler:
             requests.append(request)
             budget -= num_new
             num_owed_blocks += self._kv_cache.num_blocks_for(request.num_tokens) - len(request.block_ids)
-        return budget
 
     def _admit(self, request: RequestState, num_cached_tokens: int, now_ns: int) -> None:
         self._waiting.discard(request)

@@ -119,19 +119,6 @@ def test_a_prompt_waits_until_all_of_it_fits_beside_unfinished_prompts() -> None
     assert admissions == {"first": 0, "second": 6}
 
 
-def test_static_batching_admits_only_into_an_empty_batch() -> None:
-    harness = CoreHarness(static_batching=True, max_num_seqs=3, max_num_batched_tokens=8)
-    for index in range(4):  # the budget takes two prompts a step: the batch is filled over two
-        harness.add(f"r{index}", [index] * 4, max_tokens=2 + index)
-    harness.run()
-    admitted = [[item.request_id for item in plan.admitted] for plan in harness.executor.plans]
-    assert admitted[:2] == [["r0", "r1"], ["r2"]]
-    assert [names for names in admitted[2:] if names] == [["r3"]]
-    assert harness.reason("r2") is not None
-    first_of_r3 = admitted.index(["r3"])
-    assert set(_spans(harness.executor.plans[first_of_r3])) == {"r3"}
-
-
 class TestStepsInFlight:
     """Depth 1: a step is planned before the result of the one before it is seen."""
 
