@@ -4,11 +4,11 @@
 
     .venv/bin/python scripts/bench_batching.py --model model_repository/engine/1/demo
 
-64 requests, all there from the start, whose output lengths are log-uniform in [8, 256], as chat traffic is skewed, run
-through a batch of --max-num-seqs seats. In flight, a request that ends makes room for the next at once. Made to batch
-statically, as a padded `generate` does, the same engine takes the requests in groups of that many seats; every row of a
-group is computed until its longest request is done, and what was not asked for is thrown away. The ways alternate, every
-round draws other lengths, and both ways must give every token that was asked for.
+64 requests, all there from the start, whose output lengths are log-uniform in [8, 256], as chat traffic is skewed,
+run through a batch of --max-num-seqs seats. In flight, a request that ends makes room for the next at once. Made to
+batch statically, as a padded `generate` does, the same engine takes the requests in groups of that many seats; every
+row of a group is computed until its longest request is done, and what was not asked for is thrown away. The ways
+alternate, every round draws other lengths, and both ways must give every token that was asked for.
 """
 
 from __future__ import annotations
