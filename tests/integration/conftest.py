@@ -23,7 +23,8 @@ def served_model() -> Path:
 def triton_server(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A ready server with the five models. Tests leave it as they found it."""
     work_dir = tmp_path_factory.mktemp("triton")
-    flags = {"num_blocks": 1024, "max_num_seqs": 64, "max_queue_size": 512}
+    # float32: texts are compared between batches of different sizes (docs/decisions/0004).
+    flags = {"dtype": "float32", "num_blocks": 1024, "max_num_seqs": 64, "max_queue_size": 512}
     repository = make_repository(work_dir / "repository", served_model, **flags)
     with start_server(repository, work_dir) as server:
         yield server

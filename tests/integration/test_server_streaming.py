@@ -95,7 +95,7 @@ async def test_64_streams_of_64_tokens_equal_the_offline_engine(
     params = [
         SamplingParams(max_tokens=64, temperature=0.800000011920929, seed=index, ignore_eos=True) for index in range(64)
     ]
-    with LLM(model=str(served_model), num_blocks=1024, max_num_seqs=64) as llm:
+    with LLM(model=str(served_model), dtype="float32", num_blocks=1024, max_num_seqs=64) as llm:
         expected = llm.generate(prompts, params)
     for stream, output in zip(streams, expected, strict=True):
         assert not stream.errors
