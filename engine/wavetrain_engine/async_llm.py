@@ -58,7 +58,7 @@ class AsyncLLM:
     ) -> AsyncLLM:
         """Makes an AsyncLLM of an executor that is loaded already, and now belongs to it."""
         llm = cls.__new__(cls)
-        llm._start(LocalEngine(config, facts, executor), tokenizer, chat_template)
+        llm._start(LocalEngine(config, lambda: (executor, facts)), tokenizer, chat_template)
         return llm
 
     def _start(self, engine: LocalEngine, tokenizer: Tokenizer | None, chat_template: ChatTemplate | None) -> None:

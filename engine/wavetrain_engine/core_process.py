@@ -23,7 +23,7 @@ from pathlib import Path
 from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.core.engine_core import EngineCore
 from wavetrain_engine.core.engine_loop import EngineLoop
-from wavetrain_engine.environment import Environment, let_waiting_threads_sleep
+from wavetrain_engine.environment import Environment, bound_waiting_threads
 from wavetrain_engine.errors import ErrorCode, WavetrainError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.ipc.core_socket import CoreSocket
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
 
 
 def _load_worker(config: EngineConfig, progress: Progress) -> tuple[Executor, EngineFacts]:
-    let_waiting_threads_sleep()
+    bound_waiting_threads()
     # Imported late: torch takes seconds to import, and clients may say Hello meanwhile.
     import torch
 

@@ -68,7 +68,7 @@ class LLM:
     ) -> LLM:
         """Makes an LLM of an executor that is loaded already, and now belongs to it."""
         llm = cls.__new__(cls)
-        llm._start(config, LocalEngine(_with_room_for_all(config), facts, executor), tokenizer, chat_template)
+        llm._start(config, LocalEngine(_with_room_for_all(config), lambda: (executor, facts)), tokenizer, chat_template)
         return llm
 
     def _start(
