@@ -4,16 +4,20 @@
 
     .venv/bin/python scripts/bench_batching.py --model model_repository/engine/1/demo
 
-64 requests, all there from the start, whose output lengths are log-uniform in [8, 256], as chat traffic is skewed,
-run through a batch of --max-num-seqs seats. In flight, a request that ends makes room for the next at once. Made to
-batch statically, as a padded `generate` does, the same engine takes the requests in groups of that many seats; every
-row of a group is computed until its longest request is done, and what was not asked for is thrown away. The ways
-alternate, every round draws other lengths, and both ways must give every token that was asked for.
+64 requests, all there from the start, with output lengths from 8 to 256, run through a batch of --max-num-seqs seats.
+In flight, a request that ends makes room for the next at once. Made to batch statically, as a padded `generate` does,
+the same engine takes the requests in groups of that many seats; every row of a group is computed until its longest
+request is done, and what was not asked for is thrown away. The ways alternate, every round draws other lengths, and
+both ways must give every token that was asked for.
+
+How much there is to gain is a matter of the lengths: --lengths exponential (each token is the last with the same
+chance, mean 64), log-uniform, or uniform, which no traffic is. `ratio_of_steps` is what counting steps promises.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import statistics
 import time
@@ -27,15 +31,35 @@ from wavetrain_engine import LLM, SamplingParams
 
 NUM_REQUESTS = 64
 PROMPT_LEN = 32
-SHORTEST, LONGEST = 8, 256
+SHORTEST, MEAN, LONGEST = 8, 64, 256
 
 
-def make_requests(vocab_size: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+def draw_lengths(kind: str, rng: np.random.Generator) -> list[int]:
+    """Draws each request's number of output tokens."""
+    if kind == "exponential":
+        lengths = SHORTEST + rng.exponential(MEAN - SHORTEST, NUM_REQUESTS)
+    elif kind == "log-uniform":
+        lengths = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST), NUM_REQUESTS))
+    else:
+        lengths = rng.uniform(SHORTEST, LONGEST, NUM_REQUESTS)
+    return np.clip(lengths, SHORTEST, LONGEST).astype(int).tolist()
+
+
+def ratio_of_steps(lengths: list[int], seats: int) -> float:
+    """Steps that static batching takes over steps in flight, where only decoding counts."""
+    static = sum(max(lengths[start : start + seats]) for start in range(0, len(lengths), seats))
+    ends = [0] * seats
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return static / max(ends)
+
+
+def make_requests(vocab_size: int, kind: str, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
     """Draws prompts and output lengths."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(8, vocab_size, (NUM_REQUESTS, PROMPT_LEN)).tolist()
-    lengths = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST), NUM_REQUESTS)).astype(int)
-    return prompts, [SamplingParams(temperature=0, max_tokens=int(n), ignore_eos=True) for n in lengths]
+    lengths = draw_lengths(kind, rng)
+    return prompts, [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
 
 
 def run_inflight(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
@@ -73,18 +97,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("model_repository/engine/1/demo"))
     parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--lengths", default="exponential", choices=("exponential", "log-uniform", "uniform"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with LLM(model=str(args.model), max_num_seqs=args.max_num_seqs, enable_prefix_caching=False) as llm:
         rounds: list[tuple[float, float]] = []
+        promised: list[float] = []
         differing = 0
         for seed in range(args.rounds + 1):  # the first is a warm-up
-            prompts, params = make_requests(min(llm.facts.vocab_size, 4000), seed)
+            prompts, params = make_requests(min(llm.facts.vocab_size, 4000), args.lengths, seed)
             inflight_speed, expected = timed(partial(run_inflight, llm, prompts, params))
             static_speed, tokens = timed(partial(run_static, llm, prompts, params, args.max_num_seqs))
             check(expected, tokens, params)
             differing += sum(a != b for a, b in zip(expected, tokens, strict=True))
             rounds.append((inflight_speed, static_speed))
+            promised.append(ratio_of_steps([one.max_tokens or 0 for one in params], args.max_num_seqs))
     rounds = rounds[1:]
     ratios = [fast / slow for fast, slow in rounds]
     print(
@@ -92,12 +119,14 @@ def main() -> None:
             {
                 "benchmark": "inflight_vs_static_batching",
                 "model": args.model.name,
+                "lengths": args.lengths,
                 "max_num_seqs": args.max_num_seqs,
                 "inflight_tokens_per_s": round(statistics.median(fast for fast, _ in rounds), 1),
                 "static_tokens_per_s": round(statistics.median(slow for _, slow in rounds), 1),
                 "ratio_median": round(statistics.median(ratios), 2),
                 "ratio_min": round(min(ratios), 2),
                 "ratio_max": round(max(ratios), 2),
+                "ratio_of_steps_median": round(statistics.median(promised[1:]), 2),
                 "requests_with_other_tokens": differing,
             }
         )
