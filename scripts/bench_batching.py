@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench_target import where_measured
 from wavetrain_engine import LLM, SamplingParams
 
 NUM_REQUESTS = 64
@@ -128,6 +129,7 @@ def main() -> None:
                 "ratio_max": round(max(ratios), 2),
                 "ratio_of_steps_median": round(statistics.median(promised[1:]), 2),
                 "requests_with_other_tokens": differing,
+                **where_measured(),
             }
         )
     )

@@ -15,21 +15,15 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bench_target import started_target, where_measured
 from wavetrain_client import AsyncClient
 from wavetrain_engine import LLM, SamplingParams
-
-PORTS = {"--http-port": 18000, "--grpc-port": 18001, "--metrics-port": 18002}
-READY_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -39,26 +33,6 @@ class Round:
     tokens_per_s: float
     ttft_ms: list[float]
     itl_ms: list[float]
-
-
-@contextmanager
-def serving(model: Path) -> Iterator[str]:
-    """Starts `wavetrain serve` on the model and yields its gRPC address."""
-    command = [sys.executable, "-m", "wavetrain_cli.main", "serve", str(model)]
-    for flag, port in PORTS.items():
-        command += [flag, str(port)]
-    process = subprocess.Popen([*command, "--no-enable-prefix-caching"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "wavetrain: ready" in line:
-                break
-        else:
-            raise SystemExit("the server ended before it was ready")
-        yield f"127.0.0.1:{PORTS['--grpc-port']}"
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 async def run_server(url: str, model: str, prompts: list[str], num_out: int) -> Round:
@@ -110,15 +84,18 @@ def main() -> None:
     parser.add_argument("--num-out", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    with LLM(model=str(args.model), enable_prefix_caching=False) as llm, serving(args.model) as url:
+    with (
+        LLM(model=str(args.model), enable_prefix_caching=False) as llm,
+        started_target(str(args.model), ["--no-enable-prefix-caching"]) as server,
+    ):
         for streams in map(int, args.streams.split(",")):
             prompts = make_prompts(llm, streams, args.num_in)
-            asyncio.run(run_server(url, args.triton_model, prompts, args.num_out))
+            asyncio.run(run_server(server.url, args.triton_model, prompts, args.num_out))
             run_offline(llm, prompts, args.num_out)
             offline, served = [], []
             for _ in range(args.rounds):
                 offline.append(run_offline(llm, prompts, args.num_out))
-                served.append(asyncio.run(run_server(url, args.triton_model, prompts, args.num_out)))
+                served.append(asyncio.run(run_server(server.url, args.triton_model, prompts, args.num_out)))
             print(json.dumps(summary(args, streams, offline, served)), flush=True)
 
 
@@ -141,6 +118,7 @@ def summary(args: argparse.Namespace, streams: int, offline: list[float], served
         "ttft_ms_p99": round(float(np.percentile(ttft, 99)), 1),
         "itl_ms_p50": round(float(np.percentile(itl, 50)), 2),
         "itl_ms_p99": round(float(np.percentile(itl, 99)), 2),
+        **where_measured(),
     }
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the load benchmarks measure: a running server, or one they start; and where it was measured.
 
-perf_analyzer and locust are two programs that load the same server with the same prompts; this module has what their
-two scripts share, so that their figures can be put side by side.
+Several programs load the same server, two of them with the same prompts; this module has what their scripts share, so
+that their figures can be put side by side.
 """
 
 from __future__ import annotations
@@ -61,13 +61,20 @@ def target(args: argparse.Namespace) -> Iterator[Target]:
     if args.url is not None:
         yield Target(url=args.url, served="a running server")
         return
+    with started_target(args.model_dir, args.serve_flags) as started:
+        yield started
+
+
+@contextmanager
+def started_target(model_dir: str | None, serve_flags: Sequence[str]) -> Iterator[Target]:
+    """Yields a server on free ports, started here and stopped with the block; the demo model's without `model_dir`."""
     ports = _free_ports(3)
     command = [str(Path(sys.executable).with_name("wavetrain")), "serve"]
-    command += [args.model_dir] if args.model_dir is not None else []
+    command += [model_dir] if model_dir is not None else []
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
         command += [flag, str(port)]
-    with _started([*command, *args.serve_flags]):
-        yield Target(url=f"127.0.0.1:{ports[1]}", served=Path(args.model_dir).name if args.model_dir else "demo")
+    with _started([*command, *serve_flags]):
+        yield Target(url=f"127.0.0.1:{ports[1]}", served=Path(model_dir).name if model_dir else "demo")
 
 
 @contextmanager

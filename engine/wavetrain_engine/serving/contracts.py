@@ -62,7 +62,6 @@ class Contract:
     switches: Mapping[str, str]
     refused: Mapping[str, tuple[float, ...]]
     special: frozenset[str]
-    has_batch_dimension: bool
     outputs: frozenset[str] = field(default=frozenset())
 
     @property
@@ -127,7 +126,6 @@ ENGINE = Contract(
             "stop_words",  # ours: the ensemble's stop words as they are, so that no word is changed on its way
         }
     ),
-    has_batch_dimension=True,
 )
 
 _ENSEMBLE_SAMPLING = _PENALTIES | {"max_tokens": "max_tokens", "top_k": "top_k", "top_p": "top_p"}
@@ -146,7 +144,6 @@ ENSEMBLE = Contract(
     switches=_LEGACY_SWITCHES | {"stream": "stream"},
     refused=_ENSEMBLE_REFUSED,
     special=_ENSEMBLE_SPECIAL,
-    has_batch_dimension=True,
 )
 
 LLM = Contract(
@@ -162,5 +159,4 @@ LLM = Contract(
     },
     refused=_ENSEMBLE_REFUSED | {"image": NOTHING, "embedding_request": NOTHING},
     special=_ENSEMBLE_SPECIAL | {"sampling_parameters"},
-    has_batch_dimension=False,
 )

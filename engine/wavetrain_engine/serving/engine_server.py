@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
-import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
-
-from wavetrain_engine.errors import RequestError, WavetrainError
+from wavetrain_engine.errors import RequestError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.serving.contracts import DETOKENIZER_SPAN, ENGINE, NEVER_MAPPED_OUTPUT
 from wavetrain_engine.serving.engine_writer import EngineWriter
-from wavetrain_engine.serving.error_codes import error_response
+from wavetrain_engine.serving.generating_model import GeneratingModel
 from wavetrain_engine.serving.generation import Generation
 from wavetrain_engine.serving.live_request import LiveSequence
 from wavetrain_engine.serving.model_files import ModelFiles
@@ -31,55 +28,28 @@ from wavetrain_engine.serving.row_inputs import (
     stop_word_params,
 )
 from wavetrain_engine.serving.tensors import RequestTensors
-from wavetrain_engine.serving.triton_model import TritonModel
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
 
 
-class EngineServer(TritonModel):
+class EngineServer(GeneratingModel):
     """Decoupled; rows of a batch run as requests of their own."""
 
-    _generation: Generation | None = None
     _tokenizer: Tokenizer | None = None
     _facts: EngineFacts
 
     def start(self, files: ModelFiles) -> None:
         """Attaches to the core. The tokenizer serves stop words and the ensemble's detokenizer."""
         self._tokenizer = files.load_tokenizer()
-        self._generation = Generation(files.core_client(self.core_command))
-        self._facts = self._generation.start()
+        self._facts = self.attach(files)
 
-    def is_ready(self) -> bool:
-        """Triton's readiness hook (servers since 2026; older ones do not ask)."""
-        return self._generation is not None and self._generation.is_ready
-
-    def execute(self, requests: Sequence[Any]) -> None:
-        """Starts each request and returns; responses come from the sender threads."""
-        for request in requests:
-            self._start_or_refuse(request)
-
-    def finalize(self) -> None:
-        """Ends the model, and the core if no other model needs it."""
-        if self._generation is not None:
-            self._generation.close()
-
-    def _start_or_refuse(self, request: Any) -> None:
-        try:
-            self._start_request(request)
-        except Exception as error:
-            if not isinstance(error, WavetrainError):
-                _LOGGER.exception("a request could not be started")
-            sender = request.get_response_sender()
-            sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def _start_request(self, request: Any) -> None:
-        if self._generation is None:
-            raise RequestError("the model is not loaded")
+    def start_request(self, request: Any, generation: Generation) -> None:
+        """Reads the request's tensors and starts its sequences."""
         tensors = RequestTensors(request, has_batch_dimension=True)
         rows = [read_row(tensors, ENGINE, row) for row in range(tensors.num_rows)]
         if any(row.options.stop for row in rows):
-            self._generation.stop(request)
+            generation.stop(request)
             return
         check_inputs(tensors, ENGINE)
         if len({row.options.stream for row in rows}) > 1:
@@ -91,7 +61,7 @@ class EngineServer(TritonModel):
         for inputs in rows:
             params = self._sampling_params(tensors, inputs)
             needs_text = has_detokenizer or params.stop
-            sequences += self._generation.sequences(
+            sequences += generation.sequences(
                 row=inputs.row,
                 prompt_token_ids=_prompt_token_ids(tensors, inputs.row),
                 params=params,
@@ -100,7 +70,7 @@ class EngineServer(TritonModel):
                 tokenizer=self._tokenizer if needs_text else None,
             )
         writer = EngineWriter(sequences, self._tokenizer if has_detokenizer else None)
-        self._generation.run(request, sequences, writer)
+        generation.run(request, sequences, writer)
 
     def _is_from_ensemble(self, request: Any) -> bool:
         # A client that names no outputs asks for all, the detokenizer's inputs too, which are of no use to it.

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
-import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
-
-from wavetrain_engine.errors import RequestError, WavetrainError
+from wavetrain_engine.errors import RequestError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.sampling_params import SamplingParams, parse_json_object
 from wavetrain_engine.serving.contracts import LLM
-from wavetrain_engine.serving.error_codes import error_response
+from wavetrain_engine.serving.generating_model import GeneratingModel
 from wavetrain_engine.serving.generation import Generation
 from wavetrain_engine.serving.llm_writer import LlmWriter
 from wavetrain_engine.serving.model_files import ModelFiles
@@ -29,17 +26,15 @@ from wavetrain_engine.serving.row_inputs import (
     vllm_sampling_params,
 )
 from wavetrain_engine.serving.tensors import RequestTensors
-from wavetrain_engine.serving.triton_model import TritonModel
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
 _LEGACY_MARK = "max_tokens"
 
 
-class LlmServer(TritonModel):
+class LlmServer(GeneratingModel):
     """Decoupled, without a batch dimension."""
 
-    _generation: Generation | None = None
     _tokenizer: Tokenizer
     _facts: EngineFacts
     _defaults: SamplingParams
@@ -47,47 +42,22 @@ class LlmServer(TritonModel):
     def start(self, files: ModelFiles) -> None:
         """Loads the tokenizer and attaches to the core."""
         self._tokenizer = files.require_tokenizer()
-        self._generation = Generation(files.core_client(self.core_command))
-        self._facts = self._generation.start()
+        self._facts = self.attach(files)
         self._defaults = self._facts.generation.sampling_defaults()
 
-    def is_ready(self) -> bool:
-        """Triton's readiness hook (servers since 2026; older ones do not ask)."""
-        return self._generation is not None and self._generation.is_ready
-
-    def execute(self, requests: Sequence[Any]) -> None:
-        """Starts each request and returns; responses come from the sender threads."""
-        for request in requests:
-            self._start_or_refuse(request)
-
-    def finalize(self) -> None:
-        """Ends the model, and the core if no other model needs it."""
-        if self._generation is not None:
-            self._generation.close()
-
-    def _start_or_refuse(self, request: Any) -> None:
-        try:
-            self._start_request(request)
-        except Exception as error:
-            if not isinstance(error, WavetrainError):
-                _LOGGER.exception("a request could not be started")
-            sender = request.get_response_sender()
-            sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def _start_request(self, request: Any) -> None:
-        if self._generation is None:
-            raise RequestError("the model is not loaded")
+    def start_request(self, request: Any, generation: Generation) -> None:
+        """Reads the request's tensors and starts its sequences."""
         tensors = RequestTensors(request, has_batch_dimension=False)
         inputs = read_row(tensors, LLM, 0)
         if inputs.options.stop:
-            self._generation.stop(request)
+            generation.stop(request)
             return
         check_inputs(tensors, LLM)
         text, token_ids = encode_prompt(tensors, 0, self._tokenizer, self._facts.max_model_len)
         parameters = RequestParameters.read(request)
         is_legacy = _LEGACY_MARK in inputs.sampling
         params = self._sampling_params(tensors, inputs, parameters, is_legacy=is_legacy)
-        sequences = self._generation.sequences(
+        sequences = generation.sequences(
             row=0,
             prompt_token_ids=token_ids,
             params=params,
@@ -96,7 +66,7 @@ class LlmServer(TritonModel):
             tokenizer=self._tokenizer,
             prompt_text=text if _includes_prompt(inputs, is_legacy=is_legacy) else "",
         )
-        self._generation.run(request, sequences, LlmWriter(self._tokenizer, is_legacy=is_legacy))
+        generation.run(request, sequences, LlmWriter(self._tokenizer, is_legacy=is_legacy))
 
     def _sampling_params(
         self, tensors: RequestTensors, inputs: RowInputs, parameters: RequestParameters, *, is_legacy: bool
