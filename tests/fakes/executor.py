@@ -8,7 +8,7 @@ spans with gaps, tables too short or too long, and writes into blocks that anoth
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from wavetrain_engine.plan import AdmittedRequest, PendingResult, ScheduledRequest, StepPlan, StepResult
 from wavetrain_engine.request import FinishReason, TokenLogprobs
@@ -179,7 +179,7 @@ class FakeExecutor:
             self._hold(row, admitted.block_ids)
         assert len(self._rows) <= self.max_num_seqs, "more rows than seats"
 
-    def _hold(self, row: _Row, block_ids: list[int]) -> None:
+    def _hold(self, row: _Row, block_ids: Sequence[int]) -> None:
         for block_id in block_ids:
             assert 0 <= block_id < self.num_blocks
             assert block_id not in row.block_ids, "a block twice in one table"

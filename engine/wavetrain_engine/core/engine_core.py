@@ -143,9 +143,8 @@ class EngineCore:
             try:
                 self._scheduler.update(step, result, self._time_ns(), self._updates)
             finally:
-                for update in self._updates[num_told:]:
-                    if update.finish_reason is not None:
-                        self._account_end(update)
+                for update in [news for news in self._updates[num_told:] if news.finish_reason is not None]:
+                    self._account_end(update)
         updates, self._updates = self._updates, []
         return updates
 

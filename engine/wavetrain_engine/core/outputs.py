@@ -21,22 +21,15 @@ def find_end(request: RequestState, token_id: int) -> FinishReason | None:
     return None
 
 
-def token_update(
+def last_token_update(
     request: RequestState,
     token_ids: list[int],
+    finish_reason: FinishReason,
     *,
     logprobs: list[TokenLogprobs] | None,
     prompt_logprobs: list[TokenLogprobs] | None,
-    finish_reason: FinishReason | None,
 ) -> RequestUpdate:
-    """News of tokens, the last of which ended the request if there is a finish reason."""
-    if finish_reason is None:
-        return RequestUpdate(
-            request_id=request.request_id,
-            new_token_ids=token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
+    """The last update of a request that the last of these tokens ended."""
     is_stop_token = finish_reason is FinishReason.STOP and token_ids[-1] not in request.eos_token_ids
     return RequestUpdate(
         request_id=request.request_id,

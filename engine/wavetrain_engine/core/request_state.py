@@ -4,8 +4,8 @@
 The counters, and how they relate (P = prompt, O = output tokens seen, p = tokens sampled but not seen):
 
     num_tokens                = P + O, the length of token_ids
-    num_pending_tokens        = p: placeholders, sampled by steps in flight; 0 whenever no step is in flight
-    num_computed_tokens      <= num_tokens + p: tokens whose KV is in the cache once the steps in flight are done
+    num_planned_tokens        = num_tokens + p, where p > 0 only while a step is in flight
+    num_computed_tokens      <= num_planned_tokens: tokens whose KV is in the cache once the steps in flight are done
     num_slots                 = blocks held * block_size >= num_computed_tokens
     num_committed_blocks      blocks at the front of the table that were offered to the prefix cache
 """
@@ -37,7 +37,7 @@ class RequestState:
         min_num_tokens: prompt and output tokens before which no end token counts.
         eos_token_ids: none where EOS is ignored.
         end_token_ids: EOS and stop tokens.
-        num_in_flight_steps: submitted steps with a row of this request whose result was not seen.
+        last_step_id: the latest step with a row of this request; -1: none yet.
         num_reused_blocks_now: blocks at the front of the table that came from the prefix cache.
         prompt_logprobs: collected so far; None where not asked for, or delivered.
     """
@@ -53,15 +53,15 @@ class RequestState:
         "first_scheduled_time_ns",
         "first_token_time_ns",
         "index",
+        "last_step_id",
         "last_token_time_ns",
         "max_num_tokens",
         "min_num_tokens",
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
-        "num_in_flight_steps",
         "num_new_blocks",
-        "num_pending_tokens",
+        "num_planned_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_reused_blocks",
@@ -104,8 +104,8 @@ class RequestState:
         self.prompt_logprobs: list[TokenLogprobs] | None = None if sampling_params.prompt_logprobs is None else []
 
         self.num_computed_tokens = 0
-        self.num_pending_tokens = 0
-        self.num_in_flight_steps = 0
+        self.num_planned_tokens = self.num_tokens
+        self.last_step_id = -1
 
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -121,12 +121,6 @@ class RequestState:
         self.num_new_blocks = 0
         self.num_reused_blocks = 0
         self.num_preemptions = 0
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens a step could compute now; a placeholder that is sure to be the last token needs no KV."""
-        known = self.num_tokens + self.num_pending_tokens
-        return min(known, self.max_num_tokens - 1) - self.num_computed_tokens
 
     @property
     def sort_key(self) -> tuple[int, int]:

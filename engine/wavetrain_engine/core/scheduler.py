@@ -20,6 +20,7 @@ better ones keep coming: that is what priorities are for. Waiting requests do no
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -27,7 +28,7 @@ from operator import attrgetter
 from wavetrain_engine.config import SchedulerSection
 from wavetrain_engine.core.block_pool import OutOfBlocks
 from wavetrain_engine.core.kv_cache_manager import KVCacheManager
-from wavetrain_engine.core.outputs import end_update, find_end, token_update
+from wavetrain_engine.core.outputs import end_update, find_end, last_token_update
 from wavetrain_engine.core.request_heap import RequestHeap
 from wavetrain_engine.core.request_state import RequestState, RequestStatus
 from wavetrain_engine.errors import ConfigError, RequestFailed, WavetrainError
@@ -36,6 +37,8 @@ from wavetrain_engine.plan import AdmittedRequest, ScheduledRequest, StepPlan, S
 from wavetrain_engine.request import FinishReason, RequestUpdate, TokenLogprobs
 
 _SORT_KEY = attrgetter("sort_key")
+_RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
+_NO_BLOCKS = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Scheduler:
         # Hysteresis: what is admitted into the last blocks is preempted a step later, for nothing.
         self._num_watermark_blocks = kv_cache.num_blocks // 100
         self._running: list[RequestState] = []  # sorted by sort_key
+        self._last_seen_step_id = -1  # later ones are in flight
         self._waiting = RequestHeap(key=attrgetter("priority"))
         self._removed: list[str] = []
 
@@ -138,14 +142,15 @@ class Scheduler:
         for part in (sampled, logprobs or sampled, prompt_logprobs or sampled):
             if len(part) != len(requests):
                 raise RuntimeError(f"step {step.plan.step_id}: {len(part)} results for {len(requests)} rows")
-        num_removed = len(self._removed)
+        self._last_seen_step_id = step.plan.step_id
+        num_removed, num_updates = len(self._removed), len(updates)
         for index, row in enumerate(step.plan.scheduled):
             request = requests[index]
-            request.num_in_flight_steps -= 1
-            if request.status is RequestStatus.FINISHED:  # the surplus row of one that ended meanwhile
+            if request.status is _FINISHED:  # the surplus row of one that ended meanwhile
                 continue
             if errors and index in errors:
                 self._finish(request, is_tainted=True)
+                num_updates += 1  # no token
                 updates.append(end_update(request, FinishReason.ERROR, RequestFailed(errors[index])))
                 continue
             if prompt_logprobs and request.prompt_logprobs is not None:
@@ -154,9 +159,10 @@ class Scheduler:
                 request.prompt_logprobs += (prompt_logprobs[index] or [])[num_seen:]
             if row.is_sampling:
                 entries = logprobs[index] if logprobs else None
-                updates.append(self._append_token(request, row, sampled[index], entries, now_ns))
+                updates.append(self._append_token(request, sampled[index], entries, now_ns))
+        self.counters.num_output_tokens += len(updates) - num_updates
         if len(self._removed) != num_removed:  # somebody who ran has ended
-            self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
+            self._running = [request for request in self._running if request.status is _RUNNING]
 
     def check(self) -> None:
         """Verifies that no block leaked and nobody runs twice or out of order.
@@ -174,23 +180,23 @@ class Scheduler:
     def _schedule_running(self, rows: list[ScheduledRequest], requests: list[RequestState]) -> tuple[int, int]:
         """Plans rows for who runs; returns the budget left and the blocks that unfinished prompts will need."""
         running, budget, num_owed_blocks = self._running, self._max_num_batched_tokens, 0
-        index = 0
-        while index < len(running) and budget > 0:  # preemption shortens the list from its end
-            request = running[index]
-            index += 1
-            num_new = num_uncomputed = request.num_uncomputed_tokens
-            if num_new == 0:
-                continue
+        step_id = self.counters.num_steps
+        for index, request in enumerate(running, 1):  # preemption shortens the list from its end
+            if budget <= 0:
+                break
+            num_new = num_uncomputed = request.num_planned_tokens - request.num_computed_tokens
+            if request.num_planned_tokens >= request.max_num_tokens:
+                continue  # the placeholder of its last token, which needs no KV
             if num_new > 1:  # a chunk leaves one token for each request behind it: nobody's output stalls
                 num_new = min(num_new, self._long_prefill_token_threshold, max(1, budget - len(running) + index))
             num_tokens = request.num_computed_tokens + num_new
-            new_block_ids: list[int] = []
+            new_block_ids: Sequence[int] = _NO_BLOCKS
             if num_tokens > request.num_slots:
                 grown = self._grow(request, num_tokens)
                 if grown is None:
                     break
                 new_block_ids = grown
-            rows.append(_plan_row(request, num_new, new_block_ids))
+            rows.append(_plan_row(request, step_id, num_new, new_block_ids))
             requests.append(request)
             budget -= num_new
             if num_new < num_uncomputed:
@@ -234,7 +240,7 @@ class Scheduler:
         self._is_out_of_blocks = False
         while budget > 0 and len(self._running) < self._max_num_seqs:
             request = self._waiting.peek()
-            if request is None or request.num_in_flight_steps > 0:
+            if request is None or request.last_step_id > self._last_seen_step_id:
                 break
             prefix = self._kv_cache.find_prefix(request)
             num_cached_tokens = len(prefix) * self._kv_cache.block_size
@@ -257,7 +263,7 @@ class Scheduler:
                     num_computed_tokens=num_cached_tokens,
                 )
             )
-            rows.append(_plan_row(request, num_new, []))
+            rows.append(_plan_row(request, self.counters.num_steps, num_new, _NO_BLOCKS))
             requests.append(request)
             budget -= num_new
             num_owed_blocks += self._kv_cache.num_blocks_for(request.num_tokens) - len(request.block_ids)
@@ -276,35 +282,33 @@ class Scheduler:
             self.counters.num_prefix_cache_hit_tokens += num_cached_tokens
 
     def _append_token(
-        self,
-        request: RequestState,
-        row: ScheduledRequest,
-        token_ids: list[int],
-        logprobs: list[TokenLogprobs] | None,
-        now_ns: int,
+        self, request: RequestState, token_ids: list[int], logprobs: list[TokenLogprobs] | None, now_ns: int
     ) -> RequestUpdate:
         """Turns the oldest placeholder into its token, and ends the request if that was the last one."""
         if len(token_ids) != 1:
             raise RuntimeError(f"request {request.request_id}: {len(token_ids)} tokens were sampled instead of one")
-        if request.status is RequestStatus.RUNNING:
-            # Only now is the KV certain: logits that saw all of it were finite.
-            num_certain = row.num_computed_tokens + row.num_scheduled_tokens
-            if num_certain - request.num_committed_blocks * self._block_size >= self._block_size:
-                self._kv_cache.commit(request, num_certain)
-        request.num_pending_tokens -= 1
-        request.token_ids.append(token_ids[0])
-        request.num_tokens += 1
+        # Only now is the KV of the tokens before it certain: logits that saw all of it were finite.
+        num_certain, token_id = request.num_tokens, token_ids[0]
+        num_uncommitted = num_certain - request.num_committed_blocks * self._block_size
+        if num_uncommitted >= self._block_size and request.status is _RUNNING:
+            self._kv_cache.commit(request, num_certain)
+        request.token_ids.append(token_id)
+        request.num_tokens = num_tokens = num_certain + 1
         request.last_token_time_ns = now_ns
-        if request.num_tokens == request.num_prompt_tokens + 1:
+        if not request.first_token_time_ns:
             request.first_token_time_ns = now_ns
         prompt_logprobs = request.prompt_logprobs
         request.prompt_logprobs = None
-        self.counters.num_output_tokens += 1
-        reason = find_end(request, token_ids[0])
-        if reason is not None:
-            self._finish(request)
-        return token_update(
-            request, token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs, finish_reason=reason
+        if token_id in request.end_token_ids or num_tokens >= request.max_num_tokens:  # most are neither
+            reason = find_end(request, token_id)
+            if reason is not None:
+                self._finish(request)
+                return last_token_update(request, token_ids, reason, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return RequestUpdate(
+            request_id=request.request_id,
+            new_token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _finish(self, request: RequestState, *, is_tainted: bool = False) -> None:
@@ -317,12 +321,12 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
 
 
-def _plan_row(request: RequestState, num_new: int, new_block_ids: list[int]) -> ScheduledRequest:
+def _plan_row(request: RequestState, step_id: int, num_new: int, new_block_ids: Sequence[int]) -> ScheduledRequest:
     """Makes the row and moves the request's counters on, as if the step were done."""
     start = request.num_computed_tokens
     request.num_computed_tokens = end = start + num_new
-    request.num_in_flight_steps += 1
-    is_sampling = end == request.num_tokens + request.num_pending_tokens
+    request.last_step_id = step_id
+    is_sampling = end == request.num_planned_tokens
     if is_sampling:
-        request.num_pending_tokens += 1
+        request.num_planned_tokens += 1
     return ScheduledRequest(request.request_id, start, num_new, new_block_ids, is_sampling)

@@ -9,7 +9,7 @@ Rows: B = requests of the step, T = tokens of the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +97,7 @@ class InputBatch:
             self._free_rows.append(entry.row)
         return entry
 
-    def append_blocks(self, row: int, block_ids: list[int]) -> None:
+    def append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
         """Adds blocks to the end of a row's block table."""
         start = self._num_blocks[row]
         self._block_tables[row, start : start + len(block_ids)] = block_ids
