@@ -5,8 +5,9 @@
     ├── ShapeError            a tensor's shape does not fit the operation
     ├── DtypeError            a tensor's dtype does not fit the operation
     └── UnsupportedDevice     no kernels, or not the demanded ones, for a device type
+        └── BuildError        the kernels of a device could not be compiled on this machine
 
-These tell a programmer of the engine what is wrong with a call; no request can cause one.
+The first two tell a programmer of the engine what is wrong with a call; no request can cause one.
 """
 
 from __future__ import annotations
@@ -26,3 +27,7 @@ class DtypeError(KernelError):
 
 class UnsupportedDevice(KernelError):
     """No kernel set, or none of the demanded name, can serve a device type."""
+
+
+class BuildError(UnsupportedDevice):
+    """Kernels that are compiled at first use could not be."""

@@ -24,7 +24,6 @@ class KernelSet:
         rms_norm: (out, x, weight, eps, weight_offset)
         add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
         rotary_embedding: (query_out, key_out, query, key, positions, cos_sin_cache)
-        silu_and_mul, gelu_tanh_and_mul: (out, x)
         write_kv_cache: (key, value, key_cache, value_cache, slot_mapping)
         paged_attention: (out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
         apply_penalties: (logits, token_ids, output_counts, repetition, presence, frequency), in place
@@ -32,20 +31,24 @@ class KernelSet:
         sample: (out, logits, seeds, positions)
         sample_greedy: (token_ids_out, best_out, logits)
         top_logprobs: (ids_out, logprobs_out, ranks_out, logits, token_ids)
-        linear: (x, weight, bias) -> out; the one that returns, as matrix libraries allocate their own result.
+        pack_weight: (weight, is_gated) -> the data of a PackedWeight; the one that returns
+        unpack_rows: (out, packed, rows)
+        linear: (out, x, packed, bias)
+        gated_linear: (out, x, packed, bias, activation)
     """
 
     name: str
     rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], None]
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    silu_and_mul: Callable[[Tensor, Tensor], None]
-    gelu_tanh_and_mul: Callable[[Tensor, Tensor], None]
     write_kv_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[
         [Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None
     ]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    pack_weight: Callable[[Tensor, bool], Tensor]
+    unpack_rows: Callable[[Tensor, Tensor, Tensor], None]
+    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+    gated_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str], None]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     apply_top_k_top_p_min_p: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], None]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], None]

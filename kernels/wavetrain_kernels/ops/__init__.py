@@ -5,11 +5,10 @@ The KV cache of a layer is two tensors [num_blocks, num_kv_heads, block_size, he
 block_id * block_size + offset.
 """
 
-from wavetrain_kernels.ops.activation import gelu_tanh_and_mul, silu_and_mul
 from wavetrain_kernels.ops.attention import AttentionMetadata, paged_attention
 from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set
 from wavetrain_kernels.ops.kv_cache import write_kv_cache
-from wavetrain_kernels.ops.linear import linear
+from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight, unpack_rows
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotary_embedding
 from wavetrain_kernels.ops.sampling import (
@@ -19,23 +18,27 @@ from wavetrain_kernels.ops.sampling import (
     sample_greedy,
     top_logprobs,
 )
+from wavetrain_kernels.packed_weight import PackedWeight
 
 __all__ = [
     "AttentionMetadata",
+    "GatedActivation",
+    "PackedWeight",
     "add_rms_norm",
     "apply_penalties",
     "apply_top_k_top_p_min_p",
     "choose_kernels",
-    "gelu_tanh_and_mul",
+    "gated_linear",
     "implementation",
     "kernel_set",
     "linear",
+    "pack_weight",
     "paged_attention",
     "rms_norm",
     "rotary_embedding",
     "sample",
     "sample_greedy",
-    "silu_and_mul",
     "top_logprobs",
+    "unpack_rows",
     "write_kv_cache",
 ]

@@ -2,39 +2,61 @@
 """Which kernel set answers for a device.
 
 The choice is per process and per device type, made once at load by whoever read the configuration: `choose_kernels`.
-Without a choice the best set for the device answers.
+Without a choice the reference answers: nothing is compiled behind anybody's back.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
+from wavetrain_kernels.cpu.kernels import load_cpu_kernels
 from wavetrain_kernels.errors import UnsupportedDevice
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
 
-# Per device type, the sets that can serve it, best first. A new set is one entry here.
-_AVAILABLE: dict[str, tuple[KernelSet, ...]] = {"cpu": (REFERENCE,), "cuda": (REFERENCE,)}
+_LOG = logging.getLogger(__name__)
+
+# Makes a set ready, with a folder for what it compiles; raises UnsupportedDevice where this machine cannot have it.
+_Loader = Callable[[Path], KernelSet]
+
+# Per device type, the sets that may serve it by name, best first. A new set is one entry here.
+_AVAILABLE: dict[str, dict[str, _Loader]] = {
+    "cpu": {"cpu": load_cpu_kernels, "reference": lambda _: REFERENCE},
+    "cuda": {"reference": lambda _: REFERENCE},
+}
 
 _CHOSEN: dict[str, KernelSet] = {}
 
 
-def choose_kernels(choice: str, device: torch.device) -> KernelSet:
+def choose_kernels(choice: str, device: torch.device, cache_dir: Path) -> KernelSet:
     """Decides which set answers for this device type from now on, and returns it.
 
     Args:
-        choice: `auto` for the best there is, or the name of a set.
+        choice: `auto` for the best that this machine can have, or the name of a set.
+        cache_dir: where compiled kernels are kept.
 
     Raises:
-        UnsupportedDevice: no set of that name can serve the device.
+        UnsupportedDevice: no set of that name can serve the device; BuildError, one of these, where compiling failed.
     """
-    available = _AVAILABLE.get(device.type, ())
-    chosen = next((kernels for kernels in available if choice in ("auto", kernels.name)), None)
-    if chosen is None:
-        names = ", ".join(["auto", *(kernels.name for kernels in available)]) if available else "nothing"
+    available = _AVAILABLE.get(device.type, {})
+    wanted = [name for name in available if choice in ("auto", name)]
+    if not wanted:
+        names = ", ".join(["auto", *available]) if available else "nothing"
         raise UnsupportedDevice(f"no {choice} kernels for device {device.type!r}; available there: {names}")
-    _CHOSEN[device.type] = chosen
-    return chosen
+    for name in wanted:
+        try:
+            _CHOSEN[device.type] = available[name](cache_dir)
+        except UnsupportedDevice as error:
+            if name == wanted[-1]:
+                raise
+            _LOG.warning("%s kernels cannot be had, slower ones answer: %s", name, error)
+        else:
+            break
+    return _CHOSEN[device.type]
 
 
 def implementation(device: torch.device) -> KernelSet:
@@ -44,7 +66,11 @@ def implementation(device: torch.device) -> KernelSet:
         UnsupportedDevice: none can.
     """
     chosen = _CHOSEN.get(device.type)
-    return chosen if chosen is not None else choose_kernels("auto", device)
+    if chosen is not None:
+        return chosen
+    if device.type not in _AVAILABLE:
+        raise UnsupportedDevice(f"no kernels for device {device.type!r}")
+    return REFERENCE
 
 
 def kernel_set(device: torch.device) -> str:

@@ -1,28 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix product of every projection."""
+"""Linear layers over packed weights: the matrix products of every projection."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.ops.dispatch import implementation
+from wavetrain_kernels.packed_weight import PackedWeight
+
+# T = rows.
+
+GatedActivation = Literal["silu", "gelu_tanh"]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns x [..., in] times weight [out, in] transposed, plus bias [out].
+def pack_weight(weight: Tensor, *, is_gated: bool = False) -> PackedWeight:
+    """Returns the weight [out, in] as the kernels of its device want it; it may share memory with `weight`.
+
+    Args:
+        is_gated: rows [0, out / 2) are gates of rows [out / 2, out), and the weight is for `gated_linear`.
 
     Raises:
-        ShapeError: the sizes do not fit.
+        ShapeError: the weight is not [out, in], or is gated and `out` is odd.
+        DtypeError: it is not floating point.
+    """
+    if weight.dim() != 2 or (is_gated and weight.shape[0] % 2):
+        raise ShapeError(f"weight must be [out, in]{', out even' if is_gated else ''}, got {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise DtypeError(f"weight must be floating point, got {weight.dtype}")
+    return PackedWeight(
+        data=implementation(weight.device).pack_weight(weight, is_gated),
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        dtype=weight.dtype,
+        is_gated=is_gated,
+    )
+
+
+def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
+    """Returns [N, in], the given rows [N] (int64, each below `out`: not checked) of the weight as it was.
+
+    Raises:
+        ShapeError: rows is not [N], or the weight is gated.
+        DtypeError: rows is not int64.
+    """
+    if rows.dim() != 1 or weight.is_gated:
+        raise ShapeError(f"rows must be [N] of a weight without gates, got {list(rows.shape)}")
+    if rows.dtype != torch.int64:
+        raise DtypeError(f"rows must be int64, got {rows.dtype}")
+    out = torch.empty((rows.shape[0], weight.in_features), dtype=weight.dtype, device=rows.device)
+    implementation(rows.device).unpack_rows(out, weight.data, rows)
+    return out
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns x [T, in] times weight [out, in] transposed, plus bias [out].
+
+    Sums are float32 or better. An element's value depends on its row of x alone, never on the other rows, where the
+    kernel set promises so (`cpu` does).
+
+    Args:
+        dtype: of the result, x's or float32; None: x's.
+
+    Raises:
+        ShapeError: the sizes do not fit, or the weight is gated.
+        DtypeError: x, weight and bias are not of one floating-point dtype, or the result cannot be of `dtype`.
+    """
+    if weight.is_gated:
+        raise ShapeError("a gated weight is for gated_linear")
+    _check(x, weight, bias)
+    if dtype not in (None, x.dtype, torch.float32):
+        raise DtypeError(f"the result must be of x's dtype {x.dtype} or float32, not {dtype}")
+    out = torch.empty((x.shape[0], weight.out_features), dtype=dtype or x.dtype, device=x.device)
+    implementation(x.device).linear(out, x, weight.data, bias)
+    return out
+
+
+def gated_linear(x: Tensor, weight: PackedWeight, activation: GatedActivation, bias: Tensor | None = None) -> Tensor:
+    """Returns act(gate) * up as [T, out / 2], where gate and up are the halves of x [T, in] times weight, plus bias.
+
+    Args:
+        activation: `silu`, or `gelu_tanh`: gelu's tanh approximation.
+
+    Raises:
+        ShapeError: the sizes do not fit, or the weight is not gated.
         DtypeError: x, weight and bias are not of one floating-point dtype.
     """
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"x must be [..., in] and weight [out, in], got {list(x.shape)} and {list(weight.shape)}")
+    if not weight.is_gated:
+        raise ShapeError("gated_linear needs a weight packed with is_gated")
+    _check(x, weight, bias)
+    out = torch.empty((x.shape[0], weight.out_features // 2), dtype=x.dtype, device=x.device)
+    implementation(x.device).gated_linear(out, x, weight.data, bias, activation)
+    return out
+
+
+def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    if x.dim() != 2 or x.shape[1] != weight.in_features:
+        raise ShapeError(f"x must be [T, {weight.in_features}], got {list(x.shape)}")
     if not x.is_floating_point() or weight.dtype != x.dtype:
         raise DtypeError(f"x and weight must have one floating-point dtype, got {x.dtype} and {weight.dtype}")
     if bias is not None:
-        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-            raise ShapeError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+        if bias.dim() != 1 or bias.shape[0] != weight.out_features:
+            raise ShapeError(f"bias must be [{weight.out_features}], got {list(bias.shape)}")
         if bias.dtype != x.dtype:
             raise DtypeError(f"x and bias must have one dtype, got {x.dtype} and {bias.dtype}")
-    return implementation(x.device).linear(x, weight, bias)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from wavetrain_kernels.kernel_set import KernelSet
-from wavetrain_kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from wavetrain_kernels.reference.attention import paged_attention
 from wavetrain_kernels.reference.gumbel import sample
 from wavetrain_kernels.reference.kv_cache import write_kv_cache
-from wavetrain_kernels.reference.linear import linear
+from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight, unpack_rows
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.rotary import rotary_embedding
 from wavetrain_kernels.reference.sampling import (
@@ -23,11 +22,12 @@ REFERENCE = KernelSet(
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotary_embedding=rotary_embedding,
-    silu_and_mul=silu_and_mul,
-    gelu_tanh_and_mul=gelu_tanh_and_mul,
     write_kv_cache=write_kv_cache,
     paged_attention=paged_attention,
+    pack_weight=pack_weight,
+    unpack_rows=unpack_rows,
     linear=linear,
+    gated_linear=gated_linear,
     apply_penalties=apply_penalties,
     apply_top_k_top_p_min_p=apply_top_k_top_p_min_p,
     sample=sample,

@@ -1,12 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix product."""
+"""Linear layers. A packed weight is the weight itself."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns x @ weight.T + bias."""
-    return F.linear(x, weight, bias)
+def pack_weight(weight: Tensor, _is_gated: bool) -> Tensor:
+    """Returns the weight."""
+    return weight
+
+
+def unpack_rows(out: Tensor, packed: Tensor, rows: Tensor) -> None:
+    """out [N, in] = rows of the weight."""
+    torch.index_select(packed, 0, rows, out=out)
+
+
+def linear(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
+    """out [T, N] = x @ weight.T + bias."""
+    out.copy_(F.linear(x, packed, bias))
+
+
+def gated_linear(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> None:
+    """out [T, N / 2] = act(first half) * second half of x @ weight.T + bias."""
+    gate, up = F.linear(x, packed, bias).chunk(2, dim=-1)
+    torch.mul(F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh"), up, out=out)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled functions as one kernel set."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from wavetrain_kernels.cpu.build import build, find_compiler
+from wavetrain_kernels.cpu.instruction_set import InstructionSet, available_levels
+from wavetrain_kernels.cpu.library import Library, openmp_runtime
+from wavetrain_kernels.cpu.linear import LinearKernels
+from wavetrain_kernels.errors import BuildError
+from wavetrain_kernels.kernel_set import KernelSet
+from wavetrain_kernels.reference.kernels import REFERENCE
+
+_LOG = logging.getLogger(__name__)
+
+
+def load_cpu_kernels(cache_dir: Path) -> KernelSet:
+    """Returns the kernels for the best instruction set of this machine, compiled now if they never were.
+
+    Raises:
+        BuildError: this machine has no instruction set they are written for, or no compiler, or it failed.
+    """
+    levels = available_levels()
+    if not levels:
+        raise BuildError("this CPU has none of the instruction sets that fast kernels are written for (AVX2 and up)")
+    kernels = kernels_of(build_library(levels[0], cache_dir))
+    _LOG.info("CPU kernels for %s", levels[0].name)
+    return kernels
+
+
+def build_library(level: InstructionSet, cache_dir: Path) -> Path:
+    """Returns the compiled library of one instruction set, compiled now if it never was.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler was found; install g++ (Debian: apt-get install g++) or set CXX")
+    return build(level, compiler, openmp_runtime(), cache_dir)
+
+
+def kernels_of(path: Path) -> KernelSet:
+    """Returns the functions of a compiled library as a set.
+
+    Raises:
+        BuildError: the library cannot be used here.
+    """
+    library = Library(path)
+    linear = LinearKernels(library)
+    return dataclasses.replace(
+        REFERENCE,
+        name="cpu",
+        pack_weight=linear.pack_weight,
+        unpack_rows=linear.unpack_rows,
+        linear=linear.linear,
+        gated_linear=linear.gated_linear,
+    )

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear layers over packed weights: out = x times weight transposed, with what follows it done before it is stored.
+//
+// Packed weights: panels of 32 outputs, each [k / 32][2] tiles of B, so that a step reads its weights once, in order.
+// In a gated layer (gate and up projections stacked) the two tiles of a panel are 16 gates and their 16 ups.
+// Both sizes are padded with zeros: k to 32, outputs to whole tiles.
+#pragma once
+
+#include "memory.h"
+#include "threads.h"
+#include "tile.h"
+
+namespace wavetrain {
+
+constexpr int kPanel = 2 * kTile;
+
+enum class Activation : int { kNone = 0, kSilu = 1, kGeluTanh = 2 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The row of weight [n, k] behind output `column` of tile `half` in `panel`; past n where there is none.
+inline int64_t weight_row(int64_t panel, int half, int column, int64_t n, bool is_gated) {
+    if (!is_gated) return panel * kPanel + half * kTile + column;
+    int64_t output = panel * kTile + column;
+    return output < n / 2 ? half * (n / 2) + output : n;
+}
+
+inline int64_t num_panels(int64_t n, bool is_gated) { return ceil_div(is_gated ? n / 2 : n, is_gated ? kTile : kPanel); }
+
+inline void pack_weight(bf16* packed, const bf16* weight, int64_t stride, int64_t n, int64_t k, bool is_gated) {
+    int64_t steps = ceil_div(k, kDepth);
+    use_huge_pages(packed, num_panels(n, is_gated) * steps * 2 * kTileElements * (int64_t)sizeof(bf16));
+#pragma omp parallel
+    {
+        Range panels = share(num_panels(n, is_gated));
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+            for (int half = 0; half < 2; ++half)
+                for (int column = 0; column < kTile; ++column) {
+                    int64_t row = weight_row(panel, half, column, n, is_gated);
+                    bf16* to = packed + (panel * steps * 2 + half) * kTileElements + column * 2;
+                    const bf16* from = weight + row * stride;
+                    for (int64_t step = 0; step < steps; ++step, to += 2 * kTileElements)
+                        for (int pair = 0; pair < kDepth / 2; ++pair) {
+                            int64_t at = step * kDepth + pair * 2;
+                            to[pair * kPanel] = row < n && at < k ? from[at] : 0;
+                            to[pair * kPanel + 1] = row < n && at + 1 < k ? from[at + 1] : 0;
+                        }
+                }
+    }
+}
+
+// out [num_rows, k] = rows of a weight that was packed without gates.
+inline void unpack_rows(bf16* out, const bf16* packed, const int64_t* rows, int64_t num_rows, int64_t k) {
+    int64_t steps = ceil_div(k, kDepth);
+#pragma omp parallel
+    {
+        Range range = share(num_rows);
+        for (int64_t i = range.begin; i < range.end; ++i) {
+            int64_t panel = rows[i] / kPanel, half = rows[i] % kPanel / kTile, column = rows[i] % kTile;
+            const bf16* from = packed + (panel * steps * 2 + half) * kTileElements + column * 2;
+            for (int64_t at = 0; at < k; ++at)
+                out[i * k + at] = from[at / kDepth * 2 * kTileElements + at % kDepth / 2 * kPanel + at % 2];
+        }
+    }
+}
+
+// Rows [begin, end) of x as tiles of A: [rows / 16][steps] tiles.
+inline void pack_rows(bf16* packed, const bf16* x, int64_t stride, int64_t begin, int64_t end, int64_t k) {
+    int64_t steps = ceil_div(k, kDepth);
+    for (int64_t row = begin; row < end; ++row) {
+        bf16* to = packed + (row / kTile) * steps * kTileElements + (row % kTile) * kDepth;
+        const bf16* from = x + row * stride;
+        int64_t step = 0;
+        for (; (step + 1) * kDepth <= k; ++step) memcpy(to + step * kTileElements, from + step * kDepth, kDepth * sizeof(bf16));
+        if (step < steps) {
+            size_t rest = (size_t)(k - step * kDepth);
+            memset(to + step * kTileElements, 0, kDepth * sizeof(bf16));
+            memcpy(to + step * kTileElements, from + step * kDepth, rest * sizeof(bf16));
+        }
+    }
+}
+
+// c [kTiles * 16, 32] = tiles of A (consecutive in rows by `steps` tiles) times one panel.
+template <int kTiles>
+inline void multiply_panel(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t rows) {
+#if WAVETRAIN_AMX
+    (void)rows;
+    // The panel comes from memory: asked for this far ahead, it arrives in time (measured: 4 KiB; see docs/decisions).
+    constexpr int64_t kAhead = 4 * kTileElements;
+    const bf16* a2 = a + steps * kTileElements;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kTiles == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        const bf16* tiles = b + step * 2 * kTileElements;
+        for (int line = 0; line < 2 * kTileElements; line += 32)
+            _mm_prefetch((const char*)(tiles + kAhead + line), _MM_HINT_T0);
+        _tile_loadd(4, a + step * kTileElements, 64);
+        _tile_loadd(6, tiles, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, tiles + kTileElements, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (kTiles == 2) {
+            _tile_loadd(5, a2 + step * kTileElements, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, kPanel * sizeof(float));
+    _tile_stored(1, c + kTile, kPanel * sizeof(float));
+    if (kTiles == 2) {
+        _tile_stored(2, c + kTile * kPanel, kPanel * sizeof(float));
+        _tile_stored(3, c + kTile * kPanel + kTile, kPanel * sizeof(float));
+    }
+#else
+    for (int64_t start = 0; start < rows; start += kRowsAtOnce) {
+        const bf16* from = a + (start / kTile) * steps * kTileElements + (start % kTile) * kDepth;
+        Floats sums[kRowsAtOnce][2];
+        for (int row = 0; row < kRowsAtOnce; ++row) sums[row][0] = sums[row][1] = broadcast(0.0f);
+        for (int64_t step = 0; step < steps; ++step)
+            for (int pair = 0; pair < kDepth / 2; ++pair) {
+                const bf16* tiles = b + step * 2 * kTileElements + pair * kPanel;
+                for (int row = 0; row < kRowsAtOnce; ++row) {
+                    int32_t values = pair_at(from + step * kTileElements + row * kDepth + pair * 2);
+                    sums[row][0] = multiply_pair(sums[row][0], values, tiles);
+                    sums[row][1] = multiply_pair(sums[row][1], values, tiles + kTileElements);
+                }
+            }
+        for (int row = 0; row < kRowsAtOnce; ++row) {
+            store(c + (start + row) * kPanel, sums[row][0]);
+            store(c + (start + row) * kPanel + kTile, sums[row][1]);
+        }
+    }
+#endif
+}
+
+inline Floats activate(Floats x, Activation activation) {
+    return activation == Activation::kSilu ? silu(x) : gelu_tanh(x);
+}
+
+struct Linear {
+    void* out;             // [m, n] bf16 or float32; [m, n / 2] in a gated layer
+    const bf16* x;         // [m, k]
+    const bf16* packed;
+    const bf16* bias;      // [n], or null
+    bf16* workspace;       // ceil(m / 16) * 16 * ceil(k / 32) * 32 elements
+    int64_t out_stride, x_stride, m, k, n;
+    Activation activation; // other than kNone: a gated layer
+    bool is_float_out;
+
+    bool is_gated() const { return activation != Activation::kNone; }
+};
+
+inline Floats bias_at(const Linear& op, int64_t first_row) {
+    int64_t count = op.n - first_row;
+    return op.bias && count > 0 ? load(op.bias + first_row, (int)(count < kTile ? count : kTile)) : broadcast(0.0f);
+}
+
+inline void store_tile(const Linear& op, int64_t row, int64_t column, Floats values) {
+    int64_t width = op.is_gated() ? op.n / 2 : op.n;
+    int count = (int)(width - column < kTile ? width - column : kTile);
+    if (count <= 0) return;
+    int64_t at = row * op.out_stride + column;
+    if (op.is_float_out) {
+        if (count == kTile) store((float*)op.out + at, values);
+        else store((float*)op.out + at, values, count);
+    } else if (count == kTile) {
+        store((bf16*)op.out + at, values);
+    } else {
+        store((bf16*)op.out + at, values, count);
+    }
+}
+
+// Stores rows [row, row + count) of one panel's sums c [count, 32].
+inline void finish_panel(const Linear& op, const float* c, int64_t row, int64_t count, int64_t panel) {
+    if (op.is_gated()) {
+        int64_t column = panel * kTile;
+        Floats gate_bias = bias_at(op, column), up_bias = bias_at(op, op.n / 2 + column);
+        for (int64_t i = 0; i < count; ++i) {
+            Floats gate = add(load(c + i * kPanel), gate_bias), up = add(load(c + i * kPanel + kTile), up_bias);
+            store_tile(op, row + i, column, mul(activate(gate, op.activation), up));
+        }
+        return;
+    }
+    for (int half = 0; half < 2; ++half) {
+        int64_t column = panel * kPanel + half * kTile;
+        Floats bias = bias_at(op, column);
+        for (int64_t i = 0; i < count; ++i) store_tile(op, row + i, column, add(load(c + i * kPanel + half * kTile), bias));
+    }
+}
+
+// Rows whose tiles of A stay in a core's second-level cache while panels pass by.
+inline int64_t rows_at_once(int64_t k) {
+    constexpr int64_t kCacheBytes = 1 << 20;
+    int64_t rows = kCacheBytes / (k * (int64_t)sizeof(bf16)) / kPanel * kPanel;
+    return rows < 2 * kPanel ? 2 * kPanel : rows;
+}
+
+inline void run_linear(const Linear& op) {
+    int64_t steps = ceil_div(op.k, kDepth), panels = num_panels(op.n, op.is_gated());
+    int64_t chunk = rows_at_once(op.k), chunks = ceil_div(op.m, chunk);
+#pragma omp parallel
+    {
+        TileScope tiles;
+        Range rows = share(op.m);
+        pack_rows(op.workspace, op.x, op.x_stride, rows.begin, rows.end, op.k);
+#pragma omp barrier
+        alignas(64) float c[2 * kTile * kPanel];
+        Range units = share(chunks * panels);
+        for (int64_t unit = units.begin; unit < units.end; ++unit) {
+            int64_t panel = unit % panels, begin = unit / panels * chunk;
+            int64_t end = begin + chunk < op.m ? begin + chunk : op.m;
+            const bf16* b = op.packed + panel * steps * 2 * kTileElements;
+            for (int64_t row = begin; row < end; row += 2 * kTile) {
+                const bf16* a = op.workspace + row / kTile * steps * kTileElements;
+                int64_t count = end - row < 2 * kTile ? end - row : 2 * kTile;
+                if (count > kTile) multiply_panel<2>(c, a, b, steps, count);
+                else multiply_panel<1>(c, a, b, steps, count);
+                finish_panel(op, c, row, count, panel);
+            }
+        }
+    }
+}
+
+}  // namespace wavetrain

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen floats as one value, on AVX-512 or AVX2. Every kernel is written over this width.
+//
+// bf16 is the upper half of a float32; rounding is to nearest, ties to even, and a NaN stays one.
+#pragma once
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace wavetrain {
+
+using bf16 = uint16_t;
+
+constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+
+struct Floats {
+    __m512 v;
+};
+
+inline __mmask16 first(int count) { return (__mmask16)(count >= 16 ? 0xffff : (1u << count) - 1); }
+
+inline Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load(const float* p, int count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+inline void store(float* p, Floats x, int count) { _mm512_mask_storeu_ps(p, first(count), x.v); }
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+// a * b + c
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The larger; the second where either is NaN.
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats round_to_int(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a * 2^n for integral n; 0 where that is too small.
+inline Floats scale_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+// x where a < b, else y; also y where either is NaN.
+inline Floats where_less(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+inline bool any_differs(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ) != 0; }
+
+inline Floats widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+inline Floats load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+
+inline __m256i narrow(Floats x) {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
+    __m512i bits = _mm512_castps_si512(x.v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+inline void store(bf16* p, Floats x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
+
+#else  // AVX2: two halves
+
+struct Floats {
+    __m256 low, high;
+};
+
+inline Floats broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Floats load(const float* p, int count) {
+    float whole[kLanes] = {};
+    memcpy(whole, p, (size_t)(count < kLanes ? count : kLanes) * sizeof(float));
+    return load(whole);
+}
+inline void store(float* p, Floats x) {
+    _mm256_storeu_ps(p, x.low);
+    _mm256_storeu_ps(p + 8, x.high);
+}
+inline void store(float* p, Floats x, int count) {
+    float whole[kLanes];
+    store(whole, x);
+    memcpy(p, whole, (size_t)(count < kLanes ? count : kLanes) * sizeof(float));
+}
+inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline Floats round_to_int(Floats a) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, mode), _mm256_round_ps(a.high, mode)};
+}
+inline __m256 scale_half(__m256 a, __m256 n) {
+    // Below the normal numbers the result is 0; 2^n is made from its exponent bits, in two steps so that n <= 128 fits.
+    __m256 is_normal = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+    __m256i half = _mm256_srai_epi32(_mm256_cvtps_epi32(n), 1);
+    __m256i rest = _mm256_sub_epi32(_mm256_cvtps_epi32(n), half);
+    __m256i bias = _mm256_set1_epi32(127);
+    __m256 first_power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+    __m256 second_power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+    return _mm256_and_ps(_mm256_mul_ps(_mm256_mul_ps(a, first_power), second_power), is_normal);
+}
+inline Floats scale_by_power(Floats a, Floats n) { return {scale_half(a.low, n.low), scale_half(a.high, n.high)}; }
+inline float sum(Floats a) {
+    __m256 both = _mm256_add_ps(a.low, a.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest(Floats a) {
+    __m256 both = _mm256_max_ps(a.low, a.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline Floats where_less(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm256_blendv_ps(y.low, x.low, _mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ)),
+            _mm256_blendv_ps(y.high, x.high, _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ))};
+}
+inline bool any_differs(Floats a, Floats b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_NEQ_UQ)) |
+           _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_NEQ_UQ));
+}
+
+inline __m256 widen_half(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+inline Floats load(const bf16* p) {
+    return {widen_half(_mm_loadu_si128((const __m128i*)p)), widen_half(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+inline __m256i rounded_half(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+}
+inline void store(bf16* p, Floats x) {
+    __m256i packed = _mm256_packus_epi32(rounded_half(x.low), rounded_half(x.high));
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+#endif
+
+inline float widen_one(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline Floats load(const bf16* p, int count) {
+    bf16 whole[kLanes] = {};
+    memcpy(whole, p, (size_t)(count < kLanes ? count : kLanes) * sizeof(bf16));
+    return load(whole);
+}
+
+inline void store(bf16* p, Floats x, int count) {
+    bf16 whole[kLanes];
+    store(whole, x);
+    memcpy(p, whole, (size_t)(count < kLanes ? count : kLanes) * sizeof(bf16));
+}
+
+// 2^x, relative error below 2e-7; 0 below -126; NaN stays NaN.
+inline Floats exp2(Floats x) {
+    x = max(broadcast(-200.0f), min(broadcast(128.0f), x));
+    Floats n = round_to_int(x);
+    Floats f = sub(x, n);
+    // Taylor coefficients ln(2)^k / k!: the seventh term is below 2e-8 on [-1/2, 1/2].
+    Floats p = broadcast(1.5403530393381609e-4f);
+    p = fma(p, f, broadcast(1.3333558146428443e-3f));
+    p = fma(p, f, broadcast(9.6181291076284772e-3f));
+    p = fma(p, f, broadcast(5.5504108664821580e-2f));
+    p = fma(p, f, broadcast(2.4022650695910072e-1f));
+    p = fma(p, f, broadcast(6.9314718055994531e-1f));
+    p = fma(p, f, broadcast(1.0f));
+    return scale_by_power(p, n);
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+inline Floats exp(Floats x) { return exp2(mul(x, broadcast(kLog2e))); }
+
+// 1 - 2 / (exp(2x) + 1): exact at both ends, absolute error below 2e-7.
+inline Floats tanh(Floats x) {
+    Floats e = exp2(mul(x, broadcast(2.0f * kLog2e)));
+    return sub(broadcast(1.0f), div(broadcast(2.0f), add(e, broadcast(1.0f))));
+}
+
+inline Floats silu(Floats x) { return div(x, add(broadcast(1.0f), exp2(mul(x, broadcast(-kLog2e))))); }
+
+// The tanh approximation (Hendrycks and Gimpel 2016).
+inline Floats gelu_tanh(Floats x) {
+    Floats cubic = fma(mul(mul(x, x), x), broadcast(0.044715f), x);
+    Floats t = tanh(mul(cubic, broadcast(0.7978845608028654f)));
+    return mul(mul(broadcast(0.5f), x), add(broadcast(1.0f), t));
+}
+
+}  // namespace wavetrain
