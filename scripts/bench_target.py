@@ -33,10 +33,11 @@ _WORDS = tuple(
 
 @dataclass(frozen=True)
 class Target:
-    """The server under test."""
+    """The server under test. `pid` is its first process's, 0 where it was not started here."""
 
     url: str
     served: str
+    pid: int = 0
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +74,12 @@ def started_target(model_dir: str | None, serve_flags: Sequence[str]) -> Iterato
     command += [model_dir] if model_dir is not None else []
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
         command += [flag, str(port)]
-    with _started([*command, *serve_flags]):
-        yield Target(url=f"127.0.0.1:{ports[1]}", served=Path(model_dir).name if model_dir else "demo")
+    with _started([*command, *serve_flags]) as pid:
+        yield Target(url=f"127.0.0.1:{ports[1]}", served=Path(model_dir).name if model_dir else "demo", pid=pid)
 
 
 @contextmanager
-def _started(command: Sequence[str]) -> Iterator[None]:
+def _started(command: Sequence[str]) -> Iterator[int]:
     REPORTS.mkdir(exist_ok=True)
     log = REPORTS / "bench_server.log"
     print(f"starting: {' '.join(command)}   (log: {log.relative_to(ROOT)})", file=sys.stderr)
@@ -86,7 +87,7 @@ def _started(command: Sequence[str]) -> Iterator[None]:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, text=True)
         try:
             _wait_until_ready(server, log)
-            yield
+            yield server.pid
         finally:
             server.terminate()
             try:
