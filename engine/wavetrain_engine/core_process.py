@@ -96,7 +96,7 @@ def _load_worker(config: EngineConfig, progress: Progress) -> tuple[Executor, En
 
     # Never more than torch chose: a number that OMP_NUM_THREADS asks for stays.
     torch.set_num_threads(min(torch.get_num_threads(), _num_physical_cores()))
-    return load_executor(config, kernels=Environment.read().kernels, progress=progress)
+    return load_executor(config, environment=Environment.read(), progress=progress)
 
 
 def _num_physical_cores() -> int:

@@ -76,7 +76,7 @@ class LocalEngine:
         """
         from wavetrain_engine.worker.load import load_executor  # the one import that brings torch in
 
-        return cls(config, partial(load_executor, config, kernels=Environment.read().kernels))
+        return cls(config, partial(load_executor, config, environment=Environment.read()))
 
     @property
     def is_alive(self) -> bool:

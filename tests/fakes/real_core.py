@@ -8,6 +8,7 @@ from typing import Any
 
 from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.core.engine_core import EngineCore
+from wavetrain_engine.environment import Environment
 from wavetrain_engine.request import EngineRequest, RequestUpdate, TokenLogprobs
 from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.worker.load import load_executor
@@ -23,7 +24,7 @@ class RealCore:
     def __init__(self, directory: Path, **flags: Any) -> None:
         small = {"device": "cpu", "num_blocks": 96, "block_size": 8, "max_num_seqs": 8, "max_num_batched_tokens": 128}
         self.config = EngineConfig.from_flags({"model": str(directory)} | small | flags)
-        self.executor, self.facts = load_executor(self.config)
+        self.executor, self.facts = load_executor(self.config, environment=Environment.read())
         self.core = EngineCore(self.config, self.facts, self.executor)
         self.updates: dict[str, list[RequestUpdate]] = {}
 

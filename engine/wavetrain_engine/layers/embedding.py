@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wavetrain_engine.layers.parameter import empty_parameter
+from wavetrain_engine.layers.parameter import PackedModule, empty_parameter
 from wavetrain_kernels import ops
 
 
@@ -21,6 +21,18 @@ class Embedding(nn.Module):
         """Returns the rows of `input_ids`, which must be below vocab_size."""
         return nn.functional.embedding(input_ids, self.weight)
 
+
+class TiedEmbedding(PackedModule):
+    """The table of a model that multiplies by it at the end too: held once, packed, and looked up from there."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = empty_parameter(vocab_size, hidden_size, dtype=dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Returns the rows of `input_ids`, which must be below vocab_size."""
+        return ops.unpack_rows(self.packed, input_ids)
+
     def project(self, hidden: Tensor) -> Tensor:
-        """Returns hidden [N, H] times the table transposed: the logits [N, vocab_size] of a tied model."""
-        return ops.linear(hidden, self.weight)
+        """Returns hidden [N, H] times the table transposed: the logits [N, vocab_size], in float32."""
+        return ops.linear(hidden, self.packed, dtype=torch.float32)

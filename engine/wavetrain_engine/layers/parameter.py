@@ -3,13 +3,18 @@
 
 Parameters are born on the meta device, so that a model can be built, and compared with the tensors of a
 checkpoint, before anything is allocated. `allocate_parameters` then gives each its memory, uninitialised:
-the loader writes every element exactly once, and no second copy of a large model ever exists.
+the loader writes every element exactly once. A weight that kernels want in another layout is packed as soon as it is
+complete and its plain form let go, so that no second copy of a large model ever exists.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
+
+from wavetrain_kernels import ops
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -26,3 +31,16 @@ def allocate_parameters(model: nn.Module, device: torch.device) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(memory, requires_grad=False))
+
+
+class PackedModule(nn.Module):
+    """A module whose `weight` is there while it is loaded, and `packed` afterwards."""
+
+    is_gated: ClassVar[bool] = False
+    weight: nn.Parameter
+    packed: ops.PackedWeight
+
+    def pack(self) -> None:
+        """Puts the loaded weight into the layout of the kernels and frees it."""
+        self.packed = ops.pack_weight(self.weight.data, is_gated=self.is_gated)
+        del self.weight

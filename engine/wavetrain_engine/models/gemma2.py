@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from wavetrain_engine.layers.activation import GatedMLP
 from wavetrain_engine.layers.attention import KVCache
-from wavetrain_engine.layers.embedding import Embedding
-from wavetrain_engine.layers.linear import Linear
 from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.llama import LlamaAttention
@@ -66,16 +64,10 @@ class Gemma2(Model):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
         super().__init__(config, dtype, device, max_model_len)
         rotary = RotaryEmbedding(config.head_dim, config.rope, max_model_len, dtype=dtype)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         # Rounded to the model's dtype as in training: in bfloat16, sqrt(3072) is 55.5.
         self.embedding_scale = torch.tensor(config.hidden_size**0.5).to(dtype).item()
         self.layers = nn.ModuleList(Gemma2Layer(config, i, rotary, dtype) for i in range(config.num_layers))
         self.norm = _norm(config, dtype)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        )
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
@@ -86,6 +78,5 @@ class Gemma2(Model):
         return self.norm.add(x, residual)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        logits = self.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
-        cap = self.config.logit_soft_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        logits, cap = super().compute_logits(hidden), self.config.logit_soft_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

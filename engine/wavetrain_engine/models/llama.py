@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from wavetrain_engine.layers.activation import GatedMLP
 from wavetrain_engine.layers.attention import KVCache, PagedAttention
-from wavetrain_engine.layers.embedding import Embedding
 from wavetrain_engine.layers.linear import Linear, MergedLinear
 from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rotary import RotaryEmbedding
@@ -44,8 +43,8 @@ class LlamaAttention(nn.Module):
         qkv = self.qkv_proj(x).split(self.split_sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         query, key = self.normalize(query, key)
-        query, key = self.rotary(query, key, positions)
-        return self.o_proj(self.attention(query, key, value, kv_cache, metadata))
+        query = self.rotary(query, key, value, positions, kv_cache, metadata.slot_mapping)
+        return self.o_proj(self.attention(query, kv_cache, metadata))
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Returns query [T, Hq, D] and key [T, Hkv, D] as they go into the rotation; Qwen3 normalizes here."""
@@ -93,14 +92,8 @@ class Llama(Model):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
         super().__init__(config, dtype, device, max_model_len)
         rotary = RotaryEmbedding(config.head_dim, config.rope, max_model_len, dtype=dtype)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(self.layer_class(config, i, rotary, dtype) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        )
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
@@ -109,6 +102,3 @@ class Llama(Model):
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, positions, kv_cache, metadata)
         return self.norm.add(x, residual)[0]
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from wavetrain_engine.layers.attention import KVCache, KVCacheSpec
+from wavetrain_engine.layers.embedding import Embedding, TiedEmbedding
+from wavetrain_engine.layers.linear import OutputHead
 from wavetrain_engine.layers.parameter import allocate_parameters
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.model_config import ModelConfig
@@ -24,6 +26,13 @@ class Model(nn.Module):
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.device = device
+        vocab_size, hidden_size, is_tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
+        self.embed_tokens: Embedding | TiedEmbedding = (
+            TiedEmbedding(vocab_size, hidden_size, dtype=dtype)
+            if is_tied
+            else Embedding(vocab_size, hidden_size, dtype=dtype)
+        )
+        self.lm_head = None if is_tied else OutputHead(hidden_size, vocab_size, dtype=dtype)
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """Returns what the KV cache of this model is made of."""
@@ -51,5 +60,7 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits [N, V], in the model's dtype, of selected rows [N, H] of what `forward` returned."""
-        raise NotImplementedError
+        """Returns the logits [N, V], in float32, of selected rows [N, H] of what `forward` returned."""
+        output = self.embed_tokens.project if isinstance(self.embed_tokens, TiedEmbedding) else self.lm_head
+        assert output is not None, "a model that is not tied has an output head"
+        return output(hidden)

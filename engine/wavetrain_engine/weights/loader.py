@@ -3,11 +3,13 @@
 
 Order matters: every name, shape and dtype is compared before any memory is asked for, so that neither a
 config.json nor a header can make us allocate more than the files really hold. Then each tensor is copied once,
-from the mapped file into its place (its rows of a merged projection), converted on the way.
+from the mapped file into its place (its rows of a merged projection), converted on the way; a module that kernels want
+packed is packed when its last tensor is there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.layers.parameter import PackedModule
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.weights.checkpoint import Checkpoint
@@ -51,8 +54,13 @@ def load_weights(model: Model, model_dir: Path, config: ModelConfig, *, progress
         ) from error
     entries = [checkpoint.tensors[name] for name in targets]
     total_bytes, done_bytes = sum(entry.num_bytes for entry in entries), 0
+    missing = Counter(target.module for target in targets.values())
     for entry, tensor in _stream(entries):
-        targets[entry.name].memory().copy_(tensor)
+        target = targets[entry.name]
+        target.memory().copy_(tensor)
+        missing[target.module] -= 1
+        if not missing[target.module] and isinstance(target.module, PackedModule):
+            target.module.pack()
         done_bytes += entry.num_bytes
         if progress is not None:
             progress(done_bytes, total_bytes)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from wavetrain_engine.config import EngineConfig
+from wavetrain_engine.environment import Environment
 from wavetrain_engine.errors import CheckpointError, ConfigError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.generation_config import GenerationConfig
@@ -36,12 +37,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def load_executor(
-    config: EngineConfig, *, kernels: str = "auto", progress: Progress | None = None
+    config: EngineConfig, *, environment: Environment, progress: Progress | None = None
 ) -> tuple[Executor, EngineFacts]:
     """Loads the checkpoint that `config` names and makes it ready to execute plans.
 
     Args:
-        kernels: what `Environment.kernels` says: auto, or the name of a kernel set.
+        environment: says which kernels to use, and where those that are compiled here are kept.
 
     Raises:
         ConfigError: a flag does not fit the model or the machine.
@@ -53,7 +54,7 @@ def load_executor(
     model_config = ModelConfig.load(model_dir)
     generation = GenerationConfig.load(model_dir)
     device, dtype = _device(config), resolve_dtype(model_config, config.model.dtype)
-    kernels = _choose_kernels(kernels, device)
+    kernels = _choose_kernels(environment, device)
     max_model_len = model_config.max_model_len if config.model.max_model_len is None else config.model.max_model_len
     model = create_model(model_config, dtype, device, max_model_len=max_model_len)
     weight_bytes = load_weights(
@@ -109,12 +110,12 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device(config.model.device)
 
 
-def _choose_kernels(kernels: str, device: torch.device) -> str:
+def _choose_kernels(environment: Environment, device: torch.device) -> str:
     """Returns the name of the set that answers; before the weights are loaded, whose layout may be up to it."""
     try:
-        return choose_kernels(kernels, device).name
+        return choose_kernels(environment.kernels, device, environment.cache_dir / "kernels").name
     except UnsupportedDevice as error:
-        raise ConfigError(f"WAVETRAIN_KERNELS={kernels}: {error}") from error
+        raise ConfigError(f"WAVETRAIN_KERNELS={environment.kernels}: {error}") from error
 
 
 def _num_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int, device: torch.device) -> int:

@@ -47,16 +47,17 @@ def choose_kernels(choice: str, device: torch.device, cache_dir: Path) -> Kernel
     if not wanted:
         names = ", ".join(["auto", *available]) if available else "nothing"
         raise UnsupportedDevice(f"no {choice} kernels for device {device.type!r}; available there: {names}")
-    for name in wanted:
-        try:
-            _CHOSEN[device.type] = available[name](cache_dir)
-        except UnsupportedDevice as error:
-            if name == wanted[-1]:
-                raise
-            _LOG.warning("%s kernels cannot be had, slower ones answer: %s", name, error)
-        else:
-            break
+    chosen = next((found for name in wanted[:-1] if (found := _load_or_warn(name, available[name], cache_dir))), None)
+    _CHOSEN[device.type] = available[wanted[-1]](cache_dir) if chosen is None else chosen
     return _CHOSEN[device.type]
+
+
+def _load_or_warn(name: str, loader: _Loader, cache_dir: Path) -> KernelSet | None:
+    try:
+        return loader(cache_dir)
+    except UnsupportedDevice as error:
+        _LOG.warning("%s kernels cannot be had, slower ones answer: %s", name, error)
+        return None
 
 
 def implementation(device: torch.device) -> KernelSet:

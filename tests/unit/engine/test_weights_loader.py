@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fakes.tiny_checkpoints import TinyCheckpoints
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.layers.parameter import PackedModule
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.models.registry import create_model
@@ -50,6 +51,12 @@ def load(directory: Path) -> Model:
     return model
 
 
+def weights(model: Model) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and packed weights; the kernels of these tests are the reference's, which pack nothing."""
+    packed = [(name, module.packed.data) for name, module in model.named_modules() if isinstance(module, PackedModule)]
+    return [*model.named_parameters(), *packed]
+
+
 def change(directory: Path, edit: Callable[[Tensors], object]) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(directory / SINGLE).items()}
     edit(tensors)
@@ -64,18 +71,17 @@ def refuse(directory: Path, message: str) -> None:
 
 def test_merged_projections_are_stacked_in_order(single: Path) -> None:
     model, tensors = load(single), load_file(single / SINGLE)
-    state = model.state_dict()
     for merged, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
         block = merged.split(".", maxsplit=1)[0]
         want = torch.cat([tensors[f"model.layers.1.{block}.{part}_proj.weight"] for part in parts])
-        assert torch.equal(state[f"layers.1.{merged}.weight"], want)
-    assert torch.equal(state["lm_head.weight"], tensors["lm_head.weight"])
+        assert torch.equal(model.get_submodule(f"layers.1.{merged}").packed.data, want)
+    assert torch.equal(model.get_submodule("lm_head").packed.data, tensors["lm_head.weight"])
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_shards_hold_what_one_file_holds(checkpoints: TinyCheckpoints) -> None:
     one, many = load(checkpoints.get("llama")), load(checkpoints.get("llama", sharded=True))
-    for (name, want), got in zip(one.state_dict().items(), many.state_dict().values(), strict=True):
+    for (name, want), (_, got) in zip(weights(one), weights(many), strict=True):
         assert torch.equal(got, want), name
 
 
@@ -86,7 +92,7 @@ def test_progress_counts_up_to_the_whole(checkpoints: TinyCheckpoints, sharded: 
     model = create_model(config, torch.float32, "cpu")
     calls: list[tuple[int, int]] = []
     weight_bytes = load_weights(model, directory, config, progress=lambda *call: calls.append(call))
-    assert weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert weight_bytes == sum(tensor.nbytes for _, tensor in weights(model))
     done = [call[0] for call in calls]
     assert done == sorted(set(done))
     # Progress counts the file's bfloat16, the result the model's float32.
@@ -95,7 +101,7 @@ def test_progress_counts_up_to_the_whole(checkpoints: TinyCheckpoints, sharded: 
 
 def test_tied_embeddings_share_their_memory(checkpoints: TinyCheckpoints) -> None:
     model = load(checkpoints.get("llama", tied=True))
-    assert "lm_head.weight" not in model.state_dict()
+    assert [name for name, _ in weights(model) if "lm_head" in name] == []
 
 
 def test_harmless_extras_are_ignored(checkpoints: TinyCheckpoints, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fakes.tiny_checkpoints import EOS_TOKEN_ID, MAX_POSITION_EMBEDDINGS, VOCAB_SIZE, make_tiny_checkpoint
 from wavetrain_engine.config import EngineConfig
+from wavetrain_engine.environment import Environment
 from wavetrain_engine.errors import CheckpointError, ConfigError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.plan import StepPlan
@@ -28,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(directory: Path | str, *, kernels: str = "auto", **flags: Any) -> EngineFacts:
     config = EngineConfig.from_flags({"model": str(directory), "device": "cpu", "max_num_seqs": 4} | flags)
-    executor, facts = load_executor(config, kernels=kernels)
+    executor, facts = load_executor(config, environment=Environment.read({"WAVETRAIN_KERNELS": kernels}))
     executor.shutdown()
     return facts
 
@@ -55,12 +56,14 @@ def test_progress_and_log(checkpoint: Path, caplog: pytest.LogCaptureFixture) ->
     calls: list[tuple[str, int, int]] = []
     config = EngineConfig.from_flags({"model": str(checkpoint), "device": "cpu", "num_blocks": 64})
     with caplog.at_level(logging.INFO, logger="wavetrain_engine"):
-        executor, facts = load_executor(config, progress=lambda *call: calls.append(call))
+        executor, facts = load_executor(
+            config, environment=Environment.read(), progress=lambda *call: calls.append(call)
+        )
     executor.shutdown()
     assert {phase for phase, _, _ in calls} == {"weights"}
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
     assert calls[-1][1] == calls[-1][2] == facts.weight_bytes
-    assert "LlamaForCausalLM, float32 on cpu, reference kernels" in caplog.text
+    assert "LlamaForCausalLM, float32 on cpu, " in caplog.text
     assert "KV cache: 64 blocks of 16 tokens" in caplog.text
     assert "2.0 requests of 512 tokens at once" in caplog.text
 
@@ -144,7 +147,7 @@ def test_after_shutdown_nothing_runs(checkpoint: Path, is_async: bool) -> None:
     config = EngineConfig.from_flags(
         {"model": str(checkpoint), "device": "cpu", "num_blocks": 32, "async_scheduling": is_async}
     )
-    executor, _ = load_executor(config)
+    executor, _ = load_executor(config, environment=Environment.read())
     plan = StepPlan(step_id=0, removed=[], admitted=[], scheduled=[])
     assert executor.submit(plan).result().sampled_token_ids == []
     executor.shutdown()
