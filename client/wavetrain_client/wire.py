@@ -138,7 +138,7 @@ def decode_response(response: Any) -> list[Chunk]:
             finish_reason=_read_finish_reason(reasons[row]) if row < len(reasons) else None,
             sequence_index=first_index + row,
             num_input_tokens=int(num_input_tokens[0]) if num_input_tokens else None,
-            num_output_tokens=_count_tokens(counts, rows, row),
+            num_output_tokens=_count_tokens(counts, num_sequences, rows, row),
             logprobs=_read_logprobs(logprobs[row]) if row < len(logprobs) else None,
             token_logprobs=token_logprobs[row] if row < len(token_logprobs) else None,
             cumulative_logprob=float(cumulative[row]) if row < len(cumulative) else None,
@@ -184,7 +184,7 @@ def _ensemble_tensors(request: GenerationRequest) -> list[Tensor]:
     given = _legacy_options(request, _ENSEMBLE_SCALARS, _ENSEMBLE_OTHERS)
     tensors = [
         encode_tensor("text_input", "BYTES", (1, 1), [_text_prompt(request)]),
-        encode_tensor("stream", "BOOL", (1, 1), [request.is_streaming]),
+        encode_tensor("stream", "BOOL", (1, 1), [_is_streamed(request, given)]),
         *_legacy_tensors(given, _ENSEMBLE_SCALARS),
     ]
     for name, tensor_name in (("stop", "stop_words"), ("bad_words", "bad_words")):
@@ -203,7 +203,7 @@ def _engine_tensors(request: GenerationRequest) -> list[Tensor]:
     tensors = [
         encode_tensor("input_ids", "INT32", (1, num_tokens), request.prompt),
         encode_tensor("input_lengths", "INT32", (1, 1), [num_tokens]),
-        encode_tensor("streaming", "BOOL", (1, 1), [request.is_streaming]),
+        encode_tensor("streaming", "BOOL", (1, 1), [_is_streamed(request, given)]),
         *_legacy_tensors(given, _ENGINE_SCALARS),
     ]
     stop_token_ids = [[token_id] for token_id in given.get("stop_token_ids", [])]
@@ -228,6 +228,16 @@ def _legacy_options(
             f"the model {request.model!r} gives the sampled token's log-probability only: use logprobs=0, or 'llm'"
         )
     return given
+
+
+def _is_streamed(request: GenerationRequest, given: Mapping[str, Any]) -> bool:
+    """Several sequences are always streamed: in one response they would share one number of tokens, from which the
+    reason of each one's end could not be told.
+    """
+    has_several = given.get("n", 1) != 1
+    if has_several and given.get("echo"):
+        raise RequestRejected(f"echo with n > 1 cannot be sent to the model {request.model!r}; use the model 'llm'")
+    return request.is_streaming or has_several
 
 
 def _legacy_tensors(given: Mapping[str, Any], scalars: Mapping[str, tuple[str, str]]) -> list[Tensor]:
@@ -305,8 +315,9 @@ def _split_rows(values: list[Any] | None, num_rows: int) -> list[tuple[float, ..
     return [tuple(values[row * width : (row + 1) * width]) for row in range(num_rows)]
 
 
-def _count_tokens(counts: Sequence[Any], rows: Sequence[tuple[int, ...]], row: int) -> int | None:
-    if row < len(counts):
+def _count_tokens(counts: Sequence[Any], num_sequences: int, rows: Sequence[tuple[int, ...]], row: int) -> int | None:
+    # The legacy contracts have one count for a whole response, which says nothing of each of several sequences.
+    if len(counts) == num_sequences:
         return int(counts[row])
     return len(rows[row]) if row < len(rows) else None
 

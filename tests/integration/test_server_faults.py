@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpc_aio
+from safetensors.torch import load_file, save_file
 
+from fakes.tiny_checkpoints import make_tiny_checkpoint
 from fakes.triton_calls import Stream, generate, open_stream, read
 from fakes.triton_server import RunningServer, make_repository, start_server
+from wavetrain_engine.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 
@@ -54,6 +59,43 @@ async def test_killed_core_ends_streams_and_comes_back(own_server: RunningServer
     assert stream.chunks[-1].is_final
     assert own_server.runtime_dir.running_core() not in {None, core_pid}
     assert own_server.stats().num_blocks_used == 0
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> tuple[Path, int]:
+    """A checkpoint whose embedding of the token "~" is NaN, and that token: a sequence with it has NaN logits."""
+    directory = make_tiny_checkpoint(tmp_path / "poisoned")
+    (token_id,) = Tokenizer.load(directory).encode("~", add_special_tokens=False)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][token_id] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory, token_id
+
+
+async def test_nan_in_one_of_several_sequences_ends_their_request_alone(
+    poisoned: tuple[Path, int], tmp_path: Path
+) -> None:
+    directory, token_id = poisoned
+    repository = make_repository(tmp_path / "repository", directory, num_blocks=64, max_num_seqs=8)
+    prompts = np.array([[b"import os"], [b"import ~"]], dtype=np.object_)
+    rows = {"text_input": prompts, "max_tokens": np.full((2, 1), 64, dtype=np.int32)}
+    likely = {"n": 3, "seed": 5, "max_tokens": 64, "temperature": 1.0, "logit_bias": {str(token_id): 4.0}}
+    good = {"text_input": "import os", "max_tokens": 64, "end_id": -1}
+    with start_server(repository, tmp_path) as server:
+        beside = asyncio.create_task(generate(server.grpc_url, "llm", good))
+        for model, inputs, options in (
+            ("ensemble", rows, {"batched": True}),
+            ("ensemble", rows | {"stream": np.array([[True], [True]])}, {"batched": True}),
+            ("llm", {"text_input": "x", "sampling_parameters": json.dumps(likely)}, {}),
+        ):
+            stream = await generate(server.grpc_url, model, inputs, **options)
+            assert len(stream.errors) == 1
+            assert "internal: " in stream.errors[0]
+            assert "stream" in inputs or not stream.chunks
+        whole = await beside
+        assert not whole.errors
+        assert (await generate(server.grpc_url, "ensemble", good)).text == whole.text
+        assert server.wait_until_idle(5).num_blocks_used == 0
 
 
 def test_no_core_is_left_behind(served_model: Path, tmp_path: Path) -> None:

@@ -132,24 +132,68 @@ async def test_engine_answers_with_tensorrt_llm_s_shapes(triton_server: RunningS
     assert ids == chunk.outputs["output_ids"][0, 0, 3:].tolist()
 
 
-async def test_batches_fan_out(triton_server: RunningServer) -> None:
+def batch(prompts: list[bytes], **inputs: Any) -> dict[str, Any]:
+    """The ensemble's inputs for a batch, one row for each prompt."""
+    tensors = {
+        "text_input": np.array([[prompt] for prompt in prompts], dtype=np.object_),
+        "max_tokens": np.full((len(prompts), 1), 8, dtype=np.int32),
+    }
+    return tensors | {name: np.array([[value]] * len(prompts)) for name, value in inputs.items()}
+
+
+async def test_batches_fan_out_and_are_answered_once(triton_server: RunningServer) -> None:
     prompts = [b"import os", b"class A:\n    "]
     singles = [
         (await generate(triton_server.grpc_url, "ensemble", {"text_input": prompt, "max_tokens": 8})).text
         for prompt in prompts
     ]
-    tensors = {
-        "text_input": np.array([[prompt] for prompt in prompts], dtype=np.object_),
-        "max_tokens": np.array([[8], [8]], dtype=np.int32),
-        "num_return_sequences": np.array([[1], [2]], dtype=np.int32),
-    }
+    whole = await generate(
+        triton_server.grpc_url, "ensemble", batch(prompts, num_return_sequences=np.int32(2)), batched=True
+    )
+    (chunk,) = whole.chunks
+    assert chunk.is_final
+    texts = [[text.decode() for text in row] for row in chunk.outputs["text_output"].tolist()]
+    assert texts == [[single] * 2 for single in singles]
+    assert chunk.outputs["batch_index"].tolist() == [[0], [1]]
+
+
+async def test_streamed_batches_say_what_each_response_is_about(triton_server: RunningServer) -> None:
+    prompts = [b"import os", b"class A:\n    "]
+    tensors = batch(prompts, stream=True) | {"num_return_sequences": np.array([[1], [2]], dtype=np.int32)}
     stream = await generate(triton_server.grpc_url, "ensemble", tensors, batched=True)
-    found = {
-        (chunk.outputs["batch_index"].item(), chunk.outputs["sequence_index"].item()): chunk.text
-        for chunk in stream.chunks
-    }
-    assert found == {(0, 0): singles[0], (1, 0): singles[1], (1, 1): singles[1]}
-    assert [chunk.is_final for chunk in stream.chunks] == [False, False, True]
+    found: dict[tuple[int, int], str] = {}
+    for chunk in stream.chunks:
+        key = (chunk.outputs["batch_index"].item(), chunk.outputs["sequence_index"].item())
+        found[key] = found.get(key, "") + chunk.text
+    assert found.keys() == {(0, 0), (1, 0), (1, 1)}
+    assert found[1, 0] == found[1, 1]
+    del tensors["stream"]
+    stream = await generate(triton_server.grpc_url, "ensemble", tensors, batched=True)
+    (error,) = stream.errors
+    assert "invalid: num_return_sequences must be the same for all rows" in error
+
+
+@pytest.mark.parametrize("model", ["llm", "ensemble", "engine"])
+def test_generate_answers_n_sequences_at_once(triton_server: RunningServer, model: str) -> None:
+    url = f"{triton_server.http_url}/v2/models/{model}/generate"
+    wishes = {"exclude_input_in_output": True, "return_log_probs": True, "end_id": -1, "temperature": 0.9}
+    body: dict[str, Any] = {"text_input": PROMPT, "max_tokens": 6} | wishes
+    if model == "engine":
+        body = {"input_ids": [5, 6, 7], "input_lengths": 3, "request_output_len": 6} | wishes
+    key = "output_ids" if model == "engine" else "text_output"
+    expected: list[Any] = []
+    for seed in (7, 8, 9):  # a sequence i of a request with a seed is that of seed + i
+        status, answer = post(url, body | {"seed": seed})
+        assert status == 200
+        expected += answer[key] if isinstance(answer[key], list) else [answer[key]]
+    status, answer = post(url, body | {"seed": 7, "num_return_sequences": 3})
+    assert (status, answer[key]) == (200, expected)
+    assert len(answer["cum_log_probs"]) == 3
+    assert len(answer["output_log_probs"]) == 3 * 6
+    sums = np.reshape(answer["output_log_probs"], (3, 6)).sum(axis=1)
+    assert np.allclose(sums, answer["cum_log_probs"], atol=1e-3)
+    if model == "engine":
+        assert answer["sequence_length"] == [6, 6, 6]
 
 
 async def test_vllm_n_answers_in_one_response(triton_server: RunningServer) -> None:

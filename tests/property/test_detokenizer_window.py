@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fakes.tiny_tokenizers import byte_level, sentencepiece, word_level
 from wavetrain_engine.request import FinishReason, RequestUpdate
 from wavetrain_engine.sampling_params import SamplingParams
-from wavetrain_engine.serving.detokenizer_window import WindowTracker, window_text
+from wavetrain_engine.serving.detokenizer_window import Window, WindowTracker, pack_windows, unpack_windows, window_text
 from wavetrain_engine.text.text_stream import TextStream
 from wavetrain_engine.text.tokenizer import Tokenizer
 
@@ -50,3 +50,15 @@ def test_windows_say_what_the_text_stream_says(tokenizers: list[Tokenizer], data
         pending, text = [], ""
         if delta.finish_reason is not None:
             break
+
+
+_ids = st.lists(st.integers(0, 1000), max_size=5)
+_windows = st.builds(
+    Window, tail_ids=_ids, token_ids=_ids, start=st.integers(0, 9), end=st.integers(0, 9), is_final=st.booleans()
+)
+
+
+@given(windows=st.lists(_windows, max_size=4), padding=st.lists(st.just(0), max_size=3))
+def test_packed_windows_come_out_as_they_went_in(windows: list[Window], padding: list[int]) -> None:
+    tail_ids, token_ids, spans = pack_windows(windows)
+    assert unpack_windows(tail_ids + padding, token_ids + padding, spans) == windows

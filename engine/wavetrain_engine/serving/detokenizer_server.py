@@ -11,12 +11,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
-from wavetrain_engine.serving.detokenizer_window import Window, window_text
+from wavetrain_engine.serving.detokenizer_window import Window, unpack_windows, window_text
 from wavetrain_engine.serving.model_files import ModelFiles
-from wavetrain_engine.serving.tensors import RequestTensors
+from wavetrain_engine.serving.tensors import RequestTensors, text_tensor
 from wavetrain_engine.serving.triton_model import TritonModel
 from wavetrain_engine.text.tokenizer import Tokenizer
 
@@ -33,37 +32,32 @@ class DetokenizerServer(TritonModel):
         self._tokenizer = files.require_tokenizer()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Decodes each request's window."""
-        return [pb_utils.InferenceResponse(output_tensors=[_text_output(self._texts(request))]) for request in requests]
+        """Decodes each request's windows."""
+        return [
+            pb_utils.InferenceResponse(
+                output_tensors=[text_tensor("text_output", self._texts(request), has_batch_dimension=True)]
+            )
+            for request in requests
+        ]
 
     def finalize(self) -> None:
         """Nothing to end."""
 
-    def _texts(self, request: Any) -> list[str]:
+    def _texts(self, request: Any) -> list[list[str]]:
+        """[rows, sequences]."""
         try:
             tensors = RequestTensors(request, has_batch_dimension=True)
-            return [window_text(self._tokenizer, _read_window(tensors, row)) for row in range(tensors.num_rows)]
+            return [
+                [window_text(self._tokenizer, window) for window in _read_windows(tensors, row)]
+                for row in range(tensors.num_rows)
+            ]
         except Exception:
             _LOGGER.exception("token ids could not be decoded; their text is left out")
-            return [""]
+            return [[""]]
 
 
-def _text_output(texts: list[str]) -> Any:
-    """[rows, 1]."""
-    rows = [[text.encode("utf-8", "replace")] for text in texts]
-    return pb_utils.Tensor("text_output", np.array(rows, dtype=np.object_))
-
-
-def _read_window(tensors: RequestTensors, row: int) -> Window:
+def _read_windows(tensors: RequestTensors, row: int) -> list[Window]:
     """A caller other than the ensemble may send `token_ids` alone: then all of their text is wanted."""
     token_ids = tensors.token_ids("token_ids", row) or []
-    span = tensors.token_ids("span", row)
-    if span is None or len(span) != 3:
-        return Window(tail_ids=[], token_ids=token_ids, start=0, end=2**31 - 1, is_final=True)
-    return Window(
-        tail_ids=tensors.token_ids("tail_ids", row) or [],
-        token_ids=token_ids,
-        start=span[0],
-        end=span[1],
-        is_final=bool(span[2]),
-    )
+    windows = unpack_windows(tensors.token_ids("tail_ids", row) or [], token_ids, tensors.token_ids("span", row) or [])
+    return windows or [Window(tail_ids=[], token_ids=token_ids, start=0, end=2**31 - 1, is_final=True)]

@@ -3,7 +3,8 @@
 
 The engine's process follows the text anyway, for stop strings. Per response it sends a window: some ids, the tail
 of ids before them, and which characters of `delta_text(tail, ids)` are the chunk's text. Held-back text (what may
-still become a stop string) and text cut at a stop string are just characters outside of the span.
+still become a stop string) and text cut at a stop string are just characters outside of the span. A response about
+several sequences has a window for each, one behind the other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from wavetrain_engine.text.detokenizer import delta_text, next_tail
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _PROMPT_TAIL_TOKENS = 8
+_SPAN_NUMBERS = 5  # of a window: tail ids, ids, first character, last character, is final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,36 @@ def window_text(tokenizer: Tokenizer, window: Window) -> str:
     """The text of a chunk; the detokenizer's whole work."""
     text = delta_text(tokenizer, window.tail_ids, window.token_ids, is_final=window.is_final)
     return text[window.start : window.end]
+
+
+def pack_windows(windows: Sequence[Window]) -> tuple[list[int], list[int], list[int]]:
+    """A row's windows as the three tensors' content: all tails, all ids, and five numbers for each window."""
+    tail_ids = [token_id for window in windows for token_id in window.tail_ids]
+    token_ids = [token_id for window in windows for token_id in window.token_ids]
+    spans: list[int] = []
+    for window in windows:
+        spans += (len(window.tail_ids), len(window.token_ids), window.start, window.end, int(window.is_final))
+    return tail_ids, token_ids, spans
+
+
+def unpack_windows(tail_ids: Sequence[int], token_ids: Sequence[int], spans: Sequence[int]) -> list[Window]:
+    """The inverse of `pack_windows`; what pads the ids behind the last window is left alone."""
+    windows: list[Window] = []
+    tail_at = ids_at = 0
+    for index in range(0, len(spans) - _SPAN_NUMBERS + 1, _SPAN_NUMBERS):
+        num_tail_ids, num_token_ids, start, end, is_final = spans[index : index + _SPAN_NUMBERS]
+        windows.append(
+            Window(
+                tail_ids=list(tail_ids[tail_at : tail_at + num_tail_ids]),
+                token_ids=list(token_ids[ids_at : ids_at + num_token_ids]),
+                start=start,
+                end=end,
+                is_final=bool(is_final),
+            )
+        )
+        tail_at += num_tail_ids
+        ids_at += num_token_ids
+    return windows
 
 
 class WindowTracker:

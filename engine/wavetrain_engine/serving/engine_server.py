@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from wavetrain_engine.errors import RequestError
@@ -52,8 +53,7 @@ class EngineServer(GeneratingModel):
             generation.stop(request)
             return
         check_inputs(tensors, ENGINE)
-        if len({row.options.stream for row in rows}) > 1:
-            raise RequestError("streaming must be the same for all rows of a batch")
+        _check_rows(rows)
         parameters = RequestParameters.read(request)
         parameters.refuse_others()
         has_detokenizer = self._is_from_ensemble(request)
@@ -69,7 +69,8 @@ class EngineServer(GeneratingModel):
                 options=inputs.options,
                 tokenizer=self._tokenizer if needs_text else None,
             )
-        writer = EngineWriter(sequences, self._tokenizer if has_detokenizer else None)
+        pad_ids = [_pad_id(tensors, row.row, self._facts.vocab_size) for row in rows]
+        writer = EngineWriter(sequences, pad_ids, self._tokenizer if has_detokenizer else None)
         generation.run(request, sequences, writer)
 
     def _is_from_ensemble(self, request: Any) -> bool:
@@ -79,7 +80,6 @@ class EngineServer(GeneratingModel):
 
     def _sampling_params(self, tensors: RequestTensors, inputs: RowInputs) -> SamplingParams:
         row, vocab_size = inputs.row, self._facts.vocab_size
-        _check_pad_id(tensors.scalar("pad_id", row), vocab_size)
         bad_words = split_word_list("bad_words_list", tensors.row("bad_words_list", row))
         extra = merge_params(
             end_id_params(tensors.scalar("end_id", row), vocab_size),
@@ -109,7 +109,21 @@ def _prompt_token_ids(tensors: RequestTensors, row: int) -> list[int]:
     return token_ids[:length]
 
 
-def _check_pad_id(pad_id: int | None, vocab_size: int) -> None:
-    # Nothing is padded: each response is about one sequence. So a sound value has nothing to act on.
-    if pad_id is not None and not -1 <= pad_id < vocab_size:
+def _pad_id(tensors: RequestTensors, row: int, vocab_size: int) -> int:
+    pad_id = tensors.scalar("pad_id", row)
+    if pad_id is None:
+        return -1
+    if not -1 <= pad_id < vocab_size:
         raise RequestError(f"pad_id must be a token id below {vocab_size}, or -1, got {pad_id}")
+    return pad_id
+
+
+def _check_rows(rows: Sequence[RowInputs]) -> None:
+    """Refuses rows that cannot be answered together: without streaming all are in one response."""
+    for name, option in ENGINE.switches.items():
+        if name != "streaming" and rows[0].options.stream:
+            continue
+        if len({getattr(row.options, option) for row in rows}) > 1:
+            raise RequestError(f"{name} must be the same for all rows of a batch")
+    if not rows[0].options.stream and len({row.sampling.get("n", 1) for row in rows}) > 1:
+        raise RequestError("num_return_sequences must be the same for all rows of a batch that is not streamed")

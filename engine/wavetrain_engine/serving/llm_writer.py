@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The responses of `llm`: text, in the legacy dialect or in vLLM's.
 
-They differ in how several sequences are told apart. Legacy: a response is about one, `sequence_index` says which.
-vLLM: a response is about all, each tensor has one element per sequence.
+They differ in how several streamed sequences are told apart. Legacy: a response is about one, `sequence_index` says
+which. vLLM: a response is about all, each tensor has one element per sequence. So has the one response without
+streaming, in both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from wavetrain_engine.request import TokenLogprobs
 from wavetrain_engine.serving.live_request import LiveSequence, Unsent
 from wavetrain_engine.serving.tensors import tensor, text_tensor
-from wavetrain_engine.serving.usage_outputs import usage_outputs
+from wavetrain_engine.serving.usage_outputs import News, index_outputs, usage_outputs
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 # JSON has no infinity; vLLM writes this number for a forbidden token.
@@ -24,10 +25,7 @@ _LEAST_LOGPROB = -9999.0
 
 
 class LlmWriter:
-    """Writes text responses.
-
-    Without streaming there is exactly one per group of sequences, when the whole group has ended.
-    """
+    """Writes text responses. Without streaming there is exactly one, when all sequences have ended."""
 
     def __init__(self, tokenizer: Tokenizer, *, is_legacy: bool) -> None:
         self._tokenizer = tokenizer
@@ -35,35 +33,36 @@ class LlmWriter:
 
     def write(self, sequences: Sequence[LiveSequence]) -> list[list[Any]]:
         """Takes what is ready to be sent; returns each response's output tensors."""
-        groups = [[sequence] for sequence in sequences] if self._is_legacy else [list(sequences)]
-        return [self._write_group(group, sequences) for group in groups if _is_due(group)]
+        if self._is_legacy and sequences[0].options.stream and len(sequences) > 1:
+            return [
+                self._write_group([sequence]) + index_outputs(sequence, has_batch_dimension=False)
+                for sequence in sequences
+                if _is_due([sequence])
+            ]
+        return [self._write_group(sequences)] if _is_due(sequences) else []
 
-    def _write_group(self, group: list[LiveSequence], sequences: Sequence[LiveSequence]) -> list[Any]:
+    def _write_group(self, group: Sequence[LiveSequence]) -> list[Any]:
         options = group[0].options
         prompts = [sequence.prompt_text for sequence in group]
         news = [sequence.take_unsent() for sequence in group]
         texts = [prompt + unsent.text for prompt, unsent in zip(prompts, news, strict=True)]
-        outputs = [text_tensor("text_output", texts, has_batch_dimension=False)]
-        if self._is_legacy:
-            outputs += usage_outputs(group[0], news[0], sequences, has_batch_dimension=False)
-        elif options.return_log_probs or options.return_perf_metrics:
-            # The legacy outputs hold one sequence; with several, the first.
-            outputs += usage_outputs(group[0], news[0], group[:1], has_batch_dimension=False)
+        outputs = [
+            _make_text("text_output", texts),
+            *usage_outputs([list(map(News, group, news))], has_batch_dimension=False),
+        ]
         if options.return_finish_reason:
             reasons = [sequence.finish_reason.value if sequence.finish_reason else "None" for sequence in group]
-            outputs.append(text_tensor("finish_reason", reasons, has_batch_dimension=False))
+            outputs.append(_make_text("finish_reason", reasons))
         if options.return_cumulative_logprob:
             sums = [sequence.cumulative_logprob for sequence in group]
-            outputs.append(tensor("cumulative_logprob", sums, np.float32, has_batch_dimension=False))
+            outputs.append(_make("cumulative_logprob", sums, np.float32))
         if options.return_logprobs:
-            entries = [self._logprobs_json(unsent) for unsent in news]
-            outputs.append(text_tensor("logprobs", entries, has_batch_dimension=False))
+            outputs.append(_make_text("logprobs", [self._logprobs_json(unsent) for unsent in news]))
         if options.return_num_input_tokens:
             num_tokens = len(group[0].request.prompt_token_ids)
-            outputs.append(tensor("num_input_tokens", [num_tokens], np.uint32, has_batch_dimension=False))
+            outputs.append(_make("num_input_tokens", [num_tokens], np.uint32))
         if options.return_num_output_tokens:
-            counts = [len(unsent.token_ids) for unsent in news]
-            outputs.append(tensor("num_output_tokens", counts, np.uint32, has_batch_dimension=False))
+            outputs.append(_make("num_output_tokens", [len(unsent.token_ids) for unsent in news], np.uint32))
         return outputs
 
     def _logprobs_json(self, unsent: Unsent) -> str:
@@ -84,10 +83,18 @@ class LlmWriter:
         }
 
 
-def _is_due(group: list[LiveSequence]) -> bool:
+def _is_due(group: Sequence[LiveSequence]) -> bool:
     if all(sequence.is_closed for sequence in group):
         return False
     is_finished = all(sequence.is_finished for sequence in group)
     if is_finished or not group[0].options.stream:
         return is_finished
     return any(sequence.unsent.text or sequence.unsent.finish_reason for sequence in group)
+
+
+def _make(name: str, values: Sequence[Any], dtype: Any) -> Any:
+    return tensor(name, [values], dtype, has_batch_dimension=False)
+
+
+def _make_text(name: str, texts: Sequence[str]) -> Any:
+    return text_tensor(name, [texts], has_batch_dimension=False)

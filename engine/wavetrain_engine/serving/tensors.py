@@ -8,12 +8,14 @@ that Triton has reshaped to `[]` arrives as `[rows]`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
 from wavetrain_engine.errors import RequestError
+
+Number = TypeVar("Number", int, float)
 
 
 class RequestTensors:
@@ -98,13 +100,19 @@ def decode_text(name: str, value: bytes | str) -> str:
         raise RequestError(f"{name} is not valid UTF-8 (byte {error.start}); send UTF-8 text") from error
 
 
-def text_tensor(name: str, texts: Sequence[str], *, has_batch_dimension: bool) -> Any:
-    """A string output: `[1, n]` with a batch dimension, else `[n]`."""
-    array = np.array([text.encode("utf-8", "replace") for text in texts], dtype=np.object_)
-    return pb_utils.Tensor(name, array[None] if has_batch_dimension else array)
+def text_tensor(name: str, rows: Sequence[Sequence[str]], *, has_batch_dimension: bool) -> Any:
+    """A string output `[rows, n]`; without a batch dimension the one row's `[n]`."""
+    array = np.array([[text.encode("utf-8", "replace") for text in row] for row in rows], dtype=np.object_)
+    return pb_utils.Tensor(name, array if has_batch_dimension else array[0])
 
 
-def tensor(name: str, values: Any, dtype: Any, *, has_batch_dimension: bool) -> Any:
-    """A numeric output, with a leading dimension of one where the model has a batch dimension."""
-    array = np.asarray(values, dtype=dtype)
-    return pb_utils.Tensor(name, array[None] if has_batch_dimension else array)
+def tensor(name: str, rows: Sequence[Any], dtype: Any, *, has_batch_dimension: bool) -> Any:
+    """A numeric output with a row for each of the request's; without a batch dimension the one row alone."""
+    array = np.asarray(rows, dtype=dtype)
+    return pb_utils.Tensor(name, array if has_batch_dimension else array[0])
+
+
+def padded(rows: Sequence[Sequence[list[Number]]], fills: Sequence[Number]) -> list[list[list[Number]]]:
+    """The rows' lists, all made as long as the longest with their row's `fills`."""
+    width = max(len(values) for row in rows for values in row)
+    return [[values + [fill] * (width - len(values)) for values in row] for row, fill in zip(rows, fills, strict=True)]

@@ -69,6 +69,27 @@ def test_ensemble_sends_one_tensor_for_each_option_with_a_batch_dimension():
     assert got.datatypes["top_p"] == "FP32"
 
 
+@pytest.mark.parametrize(("model", "prompt", "flag"), [("ensemble", "x", "stream"), ("engine", [5], "streaming")])
+def test_several_sequences_are_streamed_by_the_legacy_contracts(model, prompt, flag):
+    assert received(prompt, model=model, is_streaming=False).inputs[flag] == [False]
+    assert received(prompt, model=model, is_streaming=False, n=1, echo=True).inputs[flag] == [False]
+    assert received(prompt, model=model, is_streaming=False, n=2).inputs[flag] == [True]
+    assert received("x", is_streaming=False, n=2).inputs["stream"] == [False]
+    with pytest.raises(RequestRejected, match="echo with n > 1 cannot be sent to the model"):
+        received(prompt, model=model, is_streaming=False, n=2, echo=True)
+
+
+def test_one_count_for_several_sequences_is_nobody_s():
+    message = tensor_response(text_output=("BYTES", [1, 2], ["a", "b"]), num_output_tokens=("INT32", [1, 1], [5]))
+    assert [chunk.num_output_tokens for chunk in decode_response(message.infer_response)] == [None, None]
+    message = tensor_response(
+        output_ids=("INT32", [1, 2, 3], [1, 2, 3, 4, -1, -1]),
+        sequence_length=("INT32", [1, 2], [3, 1]),
+        num_output_tokens=("INT32", [1, 1], [4]),
+    )
+    assert [chunk.num_output_tokens for chunk in decode_response(message.infer_response)] == [3, 1]
+
+
 def test_ignoring_the_end_is_the_legacy_contracts_end_id_of_minus_one():
     assert received("x", model="ensemble", ignore_eos=True).inputs["end_id"] == [-1]
     assert "end_id" not in received("x", model="ensemble", ignore_eos=False).inputs

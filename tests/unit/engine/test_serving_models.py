@@ -16,7 +16,7 @@ from fakes import pb_utils
 from fakes.core_client import FACTS, FakeCoreClient
 from fakes.tiny_tokenizers import byte_level
 from wavetrain_engine.errors import ErrorCode
-from wavetrain_engine.request import FinishReason, TokenLogprobs
+from wavetrain_engine.request import FinishReason, RequestStats, TokenLogprobs
 from wavetrain_engine.serving.contracts import DETOKENIZER_SPAN
 from wavetrain_engine.serving.detokenizer_server import DetokenizerServer
 from wavetrain_engine.serving.engine_server import EngineServer
@@ -280,6 +280,116 @@ def test_engine_rows_fan_out_and_end_together(engine: EngineServer, client: Fake
         for response in finish(request)
     }
     assert found == {(0, 0): [[[100]]], (0, 1): [[[101]]], (1, 0): [[[102]]], (1, 1): [[[103]]]}
+
+
+def test_without_streaming_several_sequences_are_one_response(
+    llm: LlmServer, client: FakeCoreClient, tokenizer: Tokenizer
+) -> None:
+    wishes = {"return_finish_reason": True, "return_num_output_tokens": True, "return_log_probs": True}
+    request = llm_request(max_tokens=8, num_return_sequences=3, exclude_input_in_output=True, **wishes)
+    llm.execute([request])
+    words = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", "bcd", "ef")]
+    for index in (2, 0, 1):
+        assert not request.sender.responses
+        entries = [TokenLogprobs([token_id], [-0.5], [1]) for token_id in words[index]]
+        reason = FinishReason.STOP if index == 2 else FinishReason.LENGTH
+        ids = [*words[index], 0] if index == 2 else words[index]  # an end token has no text
+        entries += entries[:1] if index == 2 else []
+        client.send(index, ids, reason, logprobs=entries)
+    (response,) = finish(request)
+    values = response.values()
+    assert values["text_output"].tolist() == [b"a", b"bcd", b"ef"]
+    assert values["finish_reason"].tolist() == [b"length", b"length", b"stop"]
+    counts = [len(words[0]), len(words[1]), len(words[2]) + 1]
+    assert values["num_output_tokens"].tolist() == counts
+    assert values["cum_log_probs"].tolist() == [-0.5 * count for count in counts]
+    assert values["output_log_probs"].shape == (3, max(counts))
+    assert values["output_log_probs"].sum(axis=1).tolist() == values["cum_log_probs"].tolist()
+    assert "sequence_index" not in values
+
+
+@pytest.mark.parametrize("is_stopped", [True, False], ids=["stop", "client-gives-up"])
+def test_several_sequences_ended_early_are_one_response_too(
+    llm: LlmServer, client: FakeCoreClient, is_stopped: bool
+) -> None:
+    wishes = {"return_finish_reason": True, "exclude_input_in_output": True}
+    request = llm_request(max_tokens=8, num_return_sequences=2, request_id="several", **wishes)
+    llm.execute([request])
+    client.send(0, [40], FinishReason.LENGTH)
+    client.send(1, [41])
+    if is_stopped:
+        llm.execute([llm_request("", stop=True, request_id="several")])
+    else:
+        request.sender.is_given_up = True
+    (response,) = finish(request)
+    assert response.values()["finish_reason"].tolist() == [b"length", b"cancelled"]
+    assert len(response.values()["text_output"]) == 2
+
+
+def test_engine_answers_a_batch_without_streaming_once(engine: EngineServer, client: FakeCoreClient) -> None:
+    wishes = {"return_perf_metrics": True, "return_num_output_tokens": True, "return_num_input_tokens": True}
+    request = engine_request(
+        [[5, 6, 7], [8]], num_return_sequences=np.int32(2), exclude_input_in_output=True, pad_id=np.int32(9), **wishes
+    )
+    engine.execute([request])
+    for index in (3, 1, 0, 2):
+        assert not request.sender.responses
+        stats = RequestStats(arrival_time_ns=100 + index, last_token_time_ns=200 + index, num_new_blocks=index)
+        client.send(index, [100 + index] * (index + 1), FinishReason.LENGTH, stats=stats)
+    (response,) = finish(request)
+    values = {name: value.tolist() for name, value in response.values().items()}
+    assert values["output_ids"] == [
+        [[100, 9, 9, 9], [101, 101, 9, 9]],
+        [[102, 102, 102, 9], [103, 103, 103, 103]],
+    ]
+    assert values["sequence_length"] == [[1, 2], [3, 4]]
+    assert values["batch_index"] == [[0], [1]]
+    assert "sequence_index" not in values
+    # What the contract has once per row is about the row's sequences together.
+    assert (values["num_input_tokens"], values["num_output_tokens"]) == ([[3], [1]], [[3], [7]])
+    assert (values["arrival_time_ns"], values["last_token_time_ns"]) == ([[100], [102]], [[201], [203]])
+    assert values["kv_cache_alloc_new_blocks"] == [[1], [5]]
+
+
+@pytest.mark.parametrize("tensor", ["exclude_input_in_output", "return_log_probs", "num_return_sequences"])
+def test_rows_that_have_no_common_response_are_refused(
+    engine: EngineServer, client: FakeCoreClient, tensor: str
+) -> None:
+    dtype = np.int32 if tensor == "num_return_sequences" else np.bool_
+    different = engine_request([[5], [6]], **{tensor: dtype(1)})
+    different._inputs[-1] = pb_utils.Tensor(tensor, np.array([1, 2 if dtype is np.int32 else 0], dtype=dtype))
+    engine.execute([different])
+    assert error_of(different).startswith(f"invalid: {tensor} must be the same for all rows of a batch")
+    assert not client.requests
+
+
+def test_several_sequences_and_rows_pass_through_the_ensemble_s_steps(
+    engine: EngineServer, client: FakeCoreClient, tokenizer: Tokenizer
+) -> None:
+    last = DetokenizerServer()
+    last.start(FakeFiles(tokenizer, client))  # type: ignore[arg-type]
+    prompts = [tokenizer.encode(text) for text in ("naïve 日本語", "x")]
+    outputs = ["é", "wörld", "", "😀 d"]
+    for excludes in (True, False):
+        request = engine_request(
+            prompts, outputs=[DETOKENIZER_SPAN], num_return_sequences=np.int32(2), exclude_input_in_output=excludes
+        )
+        first = len(client.requests)
+        engine.execute([request])
+        for index, text in enumerate(outputs):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            client.send(first + index, [*ids, 0], FinishReason.STOP)
+        (response,) = finish(request)
+        values = response.values()
+        inputs = {
+            "tail_ids": values["detokenizer_tail_ids"],
+            "token_ids": values["detokenizer_token_ids"],
+            "span": values[DETOKENIZER_SPAN],
+        }
+        (answer,) = last.execute([pb_utils.InferenceRequest(inputs)])
+        texts = [[text.decode() for text in row] for row in answer.values()["text_output"].tolist()]
+        before = ["", ""] if excludes else ["naïve 日本語", "x"]
+        assert texts == [[before[0] + text for text in outputs[:2]], [before[1] + text for text in outputs[2:]]]
 
 
 def test_engine_stop_words_come_as_ids_or_text(
