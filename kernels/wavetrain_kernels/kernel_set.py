@@ -23,8 +23,7 @@ class KernelSet:
     Attributes:
         rms_norm: (out, x, weight, eps, weight_offset)
         add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
-        rotary_embedding: (query_out, key_out, query, key, positions, cos_sin_cache)
-        write_kv_cache: (key, value, key_cache, value_cache, slot_mapping)
+        rotate_and_cache: (query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping)
         paged_attention: (out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
         apply_penalties: (logits, token_ids, output_counts, repetition, presence, frequency), in place
         apply_top_k_top_p_min_p: (logits, top_k, top_p, min_p), in place
@@ -40,8 +39,7 @@ class KernelSet:
     name: str
     rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], None]
-    rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    write_kv_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    rotate_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[
         [Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None
     ]

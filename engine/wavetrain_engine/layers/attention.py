@@ -41,7 +41,7 @@ class KVCacheSpec:
 
 
 class PagedAttention(nn.Module):
-    """Stores the step's keys and values, then lets every query see its request's context."""
+    """Lets every query of the step see its request's context."""
 
     def __init__(self, *, scale: float, sliding_window: int | None = None, soft_cap: float | None = None) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class PagedAttention(nn.Module):
         self._sliding_window = sliding_window
         self._soft_cap = soft_cap
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
-    ) -> Tensor:
-        """Takes query [T, Hq, D], key and value [T, Hkv, D]; returns the heads' outputs side by side [T, Hq * D]."""
-        ops.write_kv_cache(key, value, kv_cache.key, kv_cache.value, metadata.slot_mapping)
+    def forward(self, query: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+        """Takes query [T, Hq, D]; returns the heads' outputs side by side [T, Hq * D].
+
+        The cache must hold the step's own keys and values already.
+        """
         output = ops.paged_attention(
             query,
             kv_cache.key,

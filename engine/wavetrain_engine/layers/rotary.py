@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from wavetrain_engine.layers.attention import KVCache
 from wavetrain_engine.layers.rope_config import RopeConfig
 from wavetrain_kernels import ops
 
@@ -27,7 +28,7 @@ _ROWS_AT_ONCE = 2**15
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates queries and keys by their positions. One per model, shared by its layers.
+    """Rotates queries and keys by their positions, on their way into the cache. One per model, shared by its layers.
 
     The table [max_positions, 2, head_dim / 2] is made by `allocate`, not before: its size comes from
     config.json, which nobody has compared with the weights yet.
@@ -49,9 +50,16 @@ class RotaryEmbedding(nn.Module):
         factor = attention_factor(self._rope)
         self.cos_sin_cache = cos_sin_table(frequencies.to(device), self._max_positions, factor, self._dtype)
 
-    def forward(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns query [T, Hq, D] and key [T, Hkv, D] rotated by positions [T], which must be < max_positions."""
-        return ops.rotary_embedding(query, key, positions, self.cos_sin_cache)
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, kv_cache: KVCache, slot_mapping: Tensor
+    ) -> Tensor:
+        """Returns query [T, Hq, D] rotated by positions [T]; stores the rotated key and the value [T, Hkv, D].
+
+        Positions must be below max_positions; where they go, `slot_mapping` [T] says, -1 being nowhere.
+        """
+        return ops.rotate_and_cache(
+            query, key, value, positions, self.cos_sin_cache, kv_cache.key, kv_cache.value, slot_mapping
+        )
 
 
 def cos_sin_table(frequencies: Tensor, max_positions: int, factor: float, dtype: torch.dtype) -> Tensor:

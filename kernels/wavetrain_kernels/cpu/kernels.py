@@ -11,6 +11,8 @@ from wavetrain_kernels.cpu.build import build, find_compiler
 from wavetrain_kernels.cpu.instruction_set import InstructionSet, available_levels
 from wavetrain_kernels.cpu.library import Library, openmp_runtime
 from wavetrain_kernels.cpu.linear import LinearKernels
+from wavetrain_kernels.cpu.norm import NormKernels
+from wavetrain_kernels.cpu.rotary import RotaryKernels
 from wavetrain_kernels.errors import BuildError
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -51,10 +53,13 @@ def kernels_of(path: Path) -> KernelSet:
         BuildError: the library cannot be used here.
     """
     library = Library(path)
-    linear = LinearKernels(library)
+    linear, norm = LinearKernels(library), NormKernels(library)
     return dataclasses.replace(
         REFERENCE,
         name="cpu",
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rotate_and_cache=RotaryKernels(library).rotate_and_cache,
         pack_weight=linear.pack_weight,
         unpack_rows=linear.unpack_rows,
         linear=linear.linear,

@@ -22,6 +22,15 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_weight": (*[_POINTER] * 2, *[_INT64] * 3, _INT),
     "unpack_rows": (*[_POINTER] * 3, *[_INT64] * 2),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT, _INT),
+    "rms_norm": (*[_POINTER] * 5, *[_INT64] * 5, _FLOAT, _FLOAT, _INT),
+    "rotate_and_cache": (
+        _POINTER,
+        *(_POINTER, _INT64, _INT64, _INT64) * 2,
+        *(_POINTER, _INT64, _INT64),
+        *[_POINTER] * 5,
+        *[_INT64] * 4,
+        _INT,
+    ),
 }
 
 

@@ -7,10 +7,9 @@ block_id * block_size + offset.
 
 from wavetrain_kernels.ops.attention import AttentionMetadata, paged_attention
 from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set
-from wavetrain_kernels.ops.kv_cache import write_kv_cache
 from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight, unpack_rows
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
-from wavetrain_kernels.ops.rotary import rotary_embedding
+from wavetrain_kernels.ops.rotary import rotate_and_cache
 from wavetrain_kernels.ops.sampling import (
     apply_penalties,
     apply_top_k_top_p_min_p,
@@ -35,10 +34,9 @@ __all__ = [
     "pack_weight",
     "paged_attention",
     "rms_norm",
-    "rotary_embedding",
+    "rotate_and_cache",
     "sample",
     "sample_greedy",
     "top_logprobs",
     "unpack_rows",
-    "write_kv_cache",
 ]

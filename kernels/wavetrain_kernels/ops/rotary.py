@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding (Su et al. 2021), the half-split form that Hugging Face's Llama uses."""
+"""Rotary position embedding (Su et al. 2021), the half-split form of Hugging Face, on the way into the KV cache."""
 
 from __future__ import annotations
 
@@ -8,41 +8,72 @@ from torch import Tensor
 
 from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.ops.dispatch import implementation
+from wavetrain_kernels.ops.kv_cache import check_caches
 
 # T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension, R = rotated dimensions.
 
 
-def rotary_embedding(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates the first R dimensions of query [T, Hq, D] and key [T, Hkv, D] by their positions [T].
+def rotate_and_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """Returns the rotated query [T, Hq, D], contiguous; writes the rotated key, and the value, to the caches in place.
 
-    Dimension i is paired with i + R/2. Dimensions from R on are passed through. Computes in the wider dtype of the
-    input and cos_sin_cache, and rounds to the input's. The results are contiguous; inputs may be any views.
+    The first R dimensions of query and key [T, Hkv, D] are rotated by the positions [T]: dimension i is paired with
+    i + R/2. The others are passed through. Computes in the wider dtype of the input and cos_sin_cache, and rounds to
+    the input's. Inputs may be any views.
 
     Args:
         positions: int64 or int32, each less than max_position (not checked: that would read the tensor).
         cos_sin_cache: [max_position, 2, R/2]; cosines at [:, 0], sines at [:, 1].
+        key_cache, value_cache: [num_blocks, Hkv, block_size, D].
+        slot_mapping: [T] int64; token t goes to block slot // block_size, offset slot % block_size; a token with slot
+            -1 is not written. No slot may occur twice.
 
     Raises:
-        ShapeError: a tensor has another shape than above.
-        DtypeError: query and key are not of one floating-point dtype, or positions are not integers.
+        ShapeError: a tensor has another shape than above, or a cache is not contiguous.
+        DtypeError: query, key, value and caches are not of one floating-point dtype, positions are not integers or
+            slot_mapping is not int64.
     """
-    _check(query, key, positions, cos_sin_cache)
+    _check_heads(query, key, value)
+    _check_positions(query, positions, cos_sin_cache)
+    check_caches(key_cache, value_cache, key)
+    if key.shape[1] != key_cache.shape[1]:
+        raise ShapeError(f"key has {key.shape[1]} heads, the cache {key_cache.shape[1]}")
+    if slot_mapping.shape != positions.shape:
+        raise ShapeError(f"slot_mapping must be [T] = [{query.shape[0]}], got {list(slot_mapping.shape)}")
+    if slot_mapping.dtype != torch.int64:
+        raise DtypeError(f"slot_mapping must be int64, got {slot_mapping.dtype}")
     query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    implementation(query.device).rotary_embedding(query_out, key_out, query, key, positions, cos_sin_cache)
-    return query_out, key_out
+    implementation(query.device).rotate_and_cache(
+        query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping
+    )
+    return query_out
 
 
-def _check(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:
+def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dim() != 3 or key.dim() != 3 or query.shape[0] != key.shape[0] or query.shape[2] != key.shape[2]:
         raise ShapeError(f"query must be [T, Hq, D] and key [T, Hkv, D], got {list(query.shape)}, {list(key.shape)}")
+    if value.shape != key.shape:
+        raise ShapeError(f"key and value must be [T, Hkv, D], got {list(key.shape)} and {list(value.shape)}")
+    if not query.is_floating_point() or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise DtypeError(
+            f"query, key and value must have one floating-point dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+
+
+def _check_positions(query: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:
     if positions.dim() != 1 or positions.shape[0] != query.shape[0]:
         raise ShapeError(f"positions must be [T] = [{query.shape[0]}], got {list(positions.shape)}")
     shape = cos_sin_cache.shape
     if len(shape) != 3 or shape[1] != 2 or 2 * shape[2] > query.shape[2]:
         raise ShapeError(f"cos_sin_cache must be [max_position, 2, R/2] with R <= {query.shape[2]}, got {list(shape)}")
-    if not query.is_floating_point() or key.dtype != query.dtype:
-        raise DtypeError(f"query and key must have one floating-point dtype, got {query.dtype} and {key.dtype}")
     if positions.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"positions must be int64 or int32, got {positions.dtype}")
     if not cos_sin_cache.is_floating_point():

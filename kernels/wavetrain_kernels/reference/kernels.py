@@ -6,10 +6,9 @@ from __future__ import annotations
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.attention import paged_attention
 from wavetrain_kernels.reference.gumbel import sample
-from wavetrain_kernels.reference.kv_cache import write_kv_cache
 from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight, unpack_rows
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
-from wavetrain_kernels.reference.rotary import rotary_embedding
+from wavetrain_kernels.reference.rotary import rotate_and_cache
 from wavetrain_kernels.reference.sampling import (
     apply_penalties,
     apply_top_k_top_p_min_p,
@@ -21,8 +20,7 @@ REFERENCE = KernelSet(
     name="reference",
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
-    rotary_embedding=rotary_embedding,
-    write_kv_cache=write_kv_cache,
+    rotate_and_cache=rotate_and_cache,
     paged_attention=paged_attention,
     pack_weight=pack_weight,
     unpack_rows=unpack_rows,

@@ -1,10 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding, half-split."""
+"""Rotary position embedding, half-split, and what follows it: the keys and values of the step go into the cache."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from wavetrain_kernels.reference.kv_cache import write_kv_cache
+
+
+def rotate_and_cache(
+    query_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """query_out = rotated query; the caches get the rotated key, and the value."""
+    key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    rotary_embedding(query_out, key_out, query, key, positions, cos_sin_cache)
+    write_kv_cache(key_out, value, key_cache, value_cache, slot_mapping)
 
 
 def rotary_embedding(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""paged_attention and write_kv_cache against a loop over tokens and heads that shares no code with them."""
+"""paged_attention against a loop over tokens and heads that shares no code with it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 
 from wavetrain_kernels import ops
 from wavetrain_kernels.errors import DtypeError, ShapeError
+from wavetrain_kernels.reference.kv_cache import write_kv_cache
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
@@ -46,7 +49,7 @@ class Step:
             row_slots = torch.tensor(
                 [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(seq_len)], dtype=torch.int64
             )
-            ops.write_kv_cache(key, value, self.key_cache, self.value_cache, row_slots)
+            write_kv_cache(key, value, self.key_cache, self.value_cache, row_slots)
             self.keys.append(key)
             self.values.append(value)
             tables.append(blocks)
@@ -117,9 +120,6 @@ def test_attention_in_half_precision(dtype, tolerance, soft_cap):
 def test_an_empty_step():
     step = Step([])
     assert step.attend().shape == (0, 6, 8)
-    ops.write_kv_cache(
-        step.query[:, :2], step.query[:, :2], step.key_cache, step.value_cache, step.metadata.slot_mapping
-    )
 
 
 @pytest.mark.parametrize("num_heads", [1, 3])
@@ -176,20 +176,6 @@ def test_strided_inputs():
     fused[:, :6] = step.query
     result = ops.paged_attention(fused[:, :6], step.key_cache, step.value_cache, step.metadata, scale=0.3)
     torch.testing.assert_close(result, step.attend())
-    caches = make_caches(2, 8)
-    ops.write_kv_cache(fused[:, 6:8], fused[:, 8:], *caches, step.metadata.slot_mapping)
-    for cache, written in zip(caches, (fused[:, 6:8], fused[:, 8:]), strict=True):
-        for token, slot in enumerate(step.metadata.slot_mapping.tolist()):
-            assert torch.equal(cache[slot // BLOCK_SIZE, :, slot % BLOCK_SIZE], written[token])
-
-
-def test_skipped_slots_write_nothing():
-    caches = make_caches(2, 8)
-    key, value = torch.randn(2, 3, 2, 8)
-    ops.write_kv_cache(key, value, *caches, torch.tensor([-1, 5, -1]))
-    for cache, written in zip(caches, (key, value), strict=True):
-        assert torch.equal(cache[1, :, 1], written[1])
-        assert cache.isnan().sum() == cache.numel() - written[1].numel()
 
 
 def test_a_row_of_nan_stays_alone():
@@ -274,9 +260,6 @@ def test_caches_that_do_not_fit(change, error, message):
     caches = change((step.key_cache, step.value_cache))
     with pytest.raises(error, match=message):
         ops.paged_attention(step.query, *caches, step.metadata, scale=1.0)
-    key = torch.zeros(1, 2, 8)
-    with pytest.raises(error, match=message):
-        ops.write_kv_cache(key, key, *caches, step.metadata.slot_mapping)
 
 
 @pytest.mark.parametrize(
@@ -300,25 +283,3 @@ def test_block_tables_too_narrow():
     metadata = ops.AttentionMetadata.build([1], [9], torch.zeros((1, 2), dtype=torch.int32), torch.tensor([0]))
     with pytest.raises(ShapeError, match="2 columns of 4 tokens cannot hold a context of 9"):
         ops.paged_attention(torch.zeros(1, 6, 8), *make_caches(2, 8), metadata, scale=1.0)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "slots", "error", "message"),
-    [
-        (torch.zeros(2, 16), torch.zeros(2, 16), torch.zeros(2).long(), ShapeError, "must be .T, Hkv, D"),
-        (torch.zeros(2, 2, 8), torch.zeros(1, 2, 8), torch.zeros(2).long(), ShapeError, "must be .T, Hkv, D"),
-        (torch.zeros(2, 1, 8), torch.zeros(2, 1, 8), torch.zeros(2).long(), ShapeError, "1 heads, the cache 2"),
-        (
-            torch.zeros(2, 2, 8),
-            torch.zeros(2, 2, 8),
-            torch.zeros(3).long(),
-            ShapeError,
-            "slot_mapping must be .T. = .2.",
-        ),
-        (torch.zeros(2, 2, 8), torch.zeros(2, 2, 8).half(), torch.zeros(2).long(), DtypeError, "must have one dtype"),
-        (torch.zeros(2, 2, 8), torch.zeros(2, 2, 8), torch.zeros(2).int(), DtypeError, "slot_mapping must be int64"),
-    ],
-)
-def test_keys_that_do_not_fit(key, value, slots, error, message):
-    with pytest.raises(error, match=message):
-        ops.write_kv_cache(key, value, *make_caches(2, 8), slots)

@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include "linear.h"
+#include "norm.h"
+#include "rotary.h"
 
 using namespace wavetrain;
 
@@ -30,6 +32,45 @@ void wavetrain_unpack_rows(bf16* out, const bf16* packed, const int64_t* rows, i
 void wavetrain_linear(void* out, const bf16* x, const bf16* packed, const bf16* bias, bf16* workspace, int64_t out_stride,
                       int64_t x_stride, int64_t m, int64_t k, int64_t n, int activation, int is_float_out) {
     run_linear({out, x, packed, bias, workspace, out_stride, x_stride, m, k, n, (Activation)activation, is_float_out != 0});
+}
+
+void wavetrain_rms_norm(void* out, void* residual_out, const void* x, const void* residual, const void* weight, int64_t outer,
+                        int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t size, float eps, float weight_offset,
+                        int is_bf16) {
+    auto run = [&](auto kind) {
+        using T = decltype(kind);
+        run_norm<T>({(T*)out, (T*)residual_out, (const T*)x, (const T*)residual, (const T*)weight, outer, inner, outer_stride,
+                     inner_stride, size, eps, weight_offset});
+    };
+    if (is_bf16) run(bf16());
+    else run(float());
+}
+
+void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stride, int64_t query_head_stride, int64_t query_heads,
+                                const void* key, int64_t key_stride, int64_t key_head_stride, int64_t key_heads, const void* value,
+                                int64_t value_stride, int64_t value_head_stride, const int64_t* positions, const void* table,
+                                void* key_cache, void* value_cache, const int64_t* slots, int64_t num_tokens, int64_t size,
+                                int64_t half, int64_t block_size, int kind) {
+    auto run = [&](auto element, auto entry) {
+        using T = decltype(element);
+        using C = decltype(entry);
+        rotate_and_cache<T, C>({(T*)out,
+                                {(const T*)query, query_stride, query_head_stride, query_heads},
+                                {(const T*)key, key_stride, key_head_stride, key_heads},
+                                {(const T*)value, value_stride, value_head_stride, key_heads},
+                                positions,
+                                (const C*)table,
+                                (T*)key_cache,
+                                (T*)value_cache,
+                                slots,
+                                num_tokens,
+                                size,
+                                half,
+                                block_size});
+    };
+    if (kind == 0) run(bf16(), bf16());
+    else if (kind == 1) run(bf16(), float());
+    else run(float(), float());
 }
 
 }  // extern "C"

@@ -168,6 +168,24 @@ inline void store(bf16* p, Floats x, int count) {
     memcpy(p, whole, (size_t)(count < kLanes ? count : kLanes) * sizeof(bf16));
 }
 
+// x as an element of type T holds it.
+template <typename T>
+inline Floats rounded(Floats x) {
+    return x;
+}
+#if defined(__AVX512F__)
+template <>
+inline Floats rounded<bf16>(Floats x) {
+    return widen(narrow(x));
+}
+#else
+template <>
+inline Floats rounded<bf16>(Floats x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(rounded_half(x.low), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(rounded_half(x.high), 16))};
+}
+#endif
+
 // 2^x, relative error below 2e-7; 0 below -126; NaN stays NaN.
 inline Floats exp2(Floats x) {
     x = max(broadcast(-200.0f), min(broadcast(128.0f), x));

@@ -17,4 +17,8 @@ inline Range share(int64_t count) {
     return {count * thread / threads, count * (thread + 1) / threads};
 }
 
+// Whether a kernel that touches this many elements, and little more than touches them, is worth a second thread: below, waking one
+// takes longer than the work.
+inline bool is_worth_threads(int64_t num_elements) { return num_elements >= 16384; }
+
 }  // namespace wavetrain

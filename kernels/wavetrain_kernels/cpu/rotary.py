@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotation of queries and keys on their way into the KV cache; bfloat16 and float32, the reference does the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wavetrain_kernels.cpu.library import Library
+from wavetrain_kernels.reference import rotary as reference
+
+# T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension.
+
+# Of query, key, value and caches; of the table.
+_KINDS = {
+    (torch.bfloat16, torch.bfloat16): 0,
+    (torch.bfloat16, torch.float32): 1,
+    (torch.float32, torch.float32): 2,
+}
+
+
+class RotaryKernels:
+    """The rotation of one compiled library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def rotate_and_cache(
+        self,
+        query_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        cos_sin_cache: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """query_out [T, Hq, D] = rotated query; the caches get the rotated key and the value [T, Hkv, D]."""
+        kind = _KINDS.get((query.dtype, cos_sin_cache.dtype))
+        if kind is None:
+            reference.rotate_and_cache(
+                query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping
+            )
+            return
+        query, key, value = _whole_heads(query), _whole_heads(key), _whole_heads(value)
+        positions, cos_sin_cache = positions.to(torch.int64).contiguous(), cos_sin_cache.contiguous()
+        slot_mapping = slot_mapping.contiguous()
+        num_tokens, num_heads, head_dim = query.shape
+        self._library.rotate_and_cache(
+            query_out.data_ptr(),
+            query.data_ptr(),
+            *query.stride()[:2],
+            num_heads,
+            key.data_ptr(),
+            *key.stride()[:2],
+            key.shape[1],
+            value.data_ptr(),
+            *value.stride()[:2],
+            positions.data_ptr(),
+            cos_sin_cache.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            num_tokens,
+            head_dim,
+            cos_sin_cache.shape[2],
+            key_cache.shape[2],
+            kind,
+        )
+
+
+def _whole_heads(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel sets that a test of the public functions runs over: the reference and every compiled level."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wavetrain_kernels.cpu.build import find_compiler
+from wavetrain_kernels.cpu.instruction_set import LEVELS, available_levels
+from wavetrain_kernels.cpu.kernels import build_library, kernels_of
+from wavetrain_kernels.kernel_set import KernelSet
+from wavetrain_kernels.ops import dispatch
+from wavetrain_kernels.reference.kernels import REFERENCE
+
+
+@pytest.fixture(scope="session")
+def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's libraries are compiled to, each once."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session", params=["reference", *(level.name for level in LEVELS)])
+def each_kernel_set(request: pytest.FixtureRequest, compiled_cache: Path) -> KernelSet:
+    """Every kernel set that this machine can run, one after the other."""
+    if request.param == "reference":
+        return REFERENCE
+    level = next((level for level in available_levels() if level.name == request.param), None)
+    if level is None:
+        pytest.skip(f"this CPU has no {request.param}")
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    return kernels_of(build_library(level, compiled_cache))
+
+
+@pytest.fixture
+def kernels(each_kernel_set: KernelSet, monkeypatch: pytest.MonkeyPatch) -> KernelSet:
+    """The set that answers for the CPU in this test."""
+    monkeypatch.setattr(dispatch, "_CHOSEN", {"cpu": each_kernel_set})
+    return each_kernel_set

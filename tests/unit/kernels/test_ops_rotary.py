@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rotation against Hugging Face's, and the write to the cache against a loop over tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from wavetrain_kernels import ops
+from wavetrain_kernels.errors import DtypeError, ShapeError
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NUM_BLOCKS, BLOCK_SIZE = 9, 4
+SLOTS = [30, 5, 0, 17, 6]
+POSITIONS = [7, 0, 3, 3, 31]
+
+
+def cos_sin_cache(max_position: int, rotary_dim: int) -> torch.Tensor:
+    inverse = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
+    angles = torch.arange(max_position).float()[:, None] * inverse
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def make_caches(num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Caches full of NaN: whatever is not written stays so."""
+    shape = (NUM_BLOCKS, num_heads, BLOCK_SIZE, head_dim)
+    return torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, float("nan"), dtype=dtype)
+
+
+def rotate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotated query and key, the latter read back from a cache."""
+    caches = make_caches(key.shape[1], key.shape[2], key.dtype)
+    slots = torch.arange(key.shape[0])
+    rotated = ops.rotate_and_cache(query, key, key, positions, table, *caches, slots)
+    written = caches[0].transpose(1, 2).flatten(0, 1)[: key.shape[0]]
+    return rotated, written
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+@pytest.mark.parametrize("head_dim", [2, 16, 24, 64, 80])
+@pytest.mark.parametrize("position_dtype", [torch.int64, torch.int32])
+def test_the_rotation_is_hugging_face(num_tokens, head_dim, dtype, position_dtype):
+    fused = torch.randn(num_tokens, 9, head_dim).to(dtype)
+    query, key, value = fused[:, :5], fused[:, 5:7], fused[:, 7:]
+    positions = torch.tensor(POSITIONS[:num_tokens], dtype=position_dtype)
+    slots = torch.tensor(SLOTS[:num_tokens], dtype=torch.int64)
+    table = cos_sin_cache(32, head_dim).to(dtype)
+    cos, sin = torch.cat((table, table), dim=-1)[positions.long()].unbind(1)
+    expected_query, expected_key = apply_rotary_pos_emb(query, key, cos, sin)
+    key_cache, value_cache = make_caches(2, head_dim, dtype)
+    before = fused.clone()
+    rotated = ops.rotate_and_cache(query, key, value, positions, table, key_cache, value_cache, slots)
+    assert rotated.is_contiguous()
+    torch.testing.assert_close(rotated, expected_query, atol=1e-6, rtol=1e-6)
+    assert torch.equal(fused, before)
+    for token, slot in enumerate(slots.tolist()):
+        where = (slot // BLOCK_SIZE, slice(None), slot % BLOCK_SIZE)
+        torch.testing.assert_close(key_cache[where], expected_key[token], atol=1e-6, rtol=1e-6)
+        assert torch.equal(value_cache[where], value[token])
+    for cache in (key_cache, value_cache):
+        assert (~cache.isnan()).sum() == num_tokens * 2 * head_dim
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_of_the_head(dtype):
+    query, key = torch.randn(3, 2, 48).to(dtype), torch.randn(3, 1, 48).to(dtype)
+    table, positions = cos_sin_cache(8, 24).to(dtype), torch.tensor([1, 2, 7])
+    rotated = rotate(query, key, positions, table)
+    part = rotate(query[..., :24], key[..., :24], positions, table)
+    for result, expected, x in zip(rotated, part, (query, key), strict=True):
+        assert torch.equal(result[..., :24], expected)
+        assert torch.equal(result[..., 24:], x[..., 24:])
+
+
+def test_computes_in_the_wider_dtype():
+    query, key = torch.randn(2, 3, 1, 40).bfloat16()
+    table, positions = cos_sin_cache(8, 40), torch.tensor([1, 2, 7])
+    for result, wide in zip(
+        rotate(query, key, positions, table), rotate(query.float(), key.float(), positions, table), strict=True
+    ):
+        assert torch.equal(result, wide.bfloat16())
+
+
+def test_inputs_that_lie_apart():
+    query, key, value = (torch.randn(3, 16, heads).transpose(1, 2) for heads in (4, 2, 2))
+    table, positions, slots = cos_sin_cache(8, 16), torch.tensor([1, 0, 2, 0, 7, 0])[::2], torch.tensor([2, 9, 1])
+    caches, expected = make_caches(2, 16), make_caches(2, 16)
+    rotated = ops.rotate_and_cache(query, key, value, positions, table, *caches, slots)
+    together = [x.contiguous() for x in (query, key, value, positions)]
+    assert torch.equal(rotated, ops.rotate_and_cache(*together, table, *expected, slots))
+    for cache, other in zip(caches, expected, strict=True):
+        assert torch.equal(cache.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+def test_skipped_slots_write_nothing():
+    caches = make_caches(2, 8)
+    query, key, value = torch.randn(3, 3, 2, 8)
+    table, positions = cos_sin_cache(8, 8), torch.tensor([4, 0, 5])
+    rotated = ops.rotate_and_cache(query, key, value, positions, table, *caches, torch.tensor([-1, 5, -1]))
+    assert torch.equal(rotated, rotate(query, key, positions, table)[0])
+    for cache, written in zip(caches, (key, value), strict=True):
+        assert torch.equal(cache[1, :, 1], written[1])  # at position 0 nothing turns
+        assert cache.isnan().sum() == cache.numel() - written[1].numel()
+
+
+def test_many_tokens_in_any_order():
+    """Enough for several threads."""
+    num_tokens = 300
+    query, key, value = torch.randn(num_tokens, 8, 64), torch.randn(num_tokens, 2, 64), torch.randn(num_tokens, 2, 64)
+    table, positions = cos_sin_cache(num_tokens, 64), torch.randperm(num_tokens)
+    shape = (num_tokens // BLOCK_SIZE, 2, BLOCK_SIZE, 64)
+    caches = torch.zeros(shape), torch.zeros(shape)
+    slots = torch.randperm(num_tokens)
+    rotated = ops.rotate_and_cache(query, key, value, positions, table, *caches, slots)
+    cos, sin = torch.cat((table, table), dim=-1)[positions].unbind(1)
+    expected_query, expected_key = apply_rotary_pos_emb(query, key, cos, sin)
+    torch.testing.assert_close(rotated, expected_query, atol=1e-6, rtol=1e-6)
+    for cache, expected in zip(caches, (expected_key, value), strict=True):
+        written = cache.transpose(1, 2).flatten(0, 1)[slots]
+        torch.testing.assert_close(written, expected, atol=1e-6, rtol=1e-6)
+
+
+GOOD = {
+    "query": torch.zeros(3, 4, 16),
+    "key": torch.zeros(3, 2, 16),
+    "value": torch.zeros(3, 2, 16),
+    "positions": torch.zeros(3).long(),
+    "cos_sin_cache": torch.zeros(8, 2, 8),
+    "key_cache": torch.zeros(5, 2, 4, 16),
+    "value_cache": torch.zeros(5, 2, 4, 16),
+    "slot_mapping": torch.tensor([0, 1, -1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": torch.zeros(3, 16)}, ShapeError, "query must be"),
+        ({"key": torch.zeros(3, 16)}, ShapeError, "query must be"),
+        ({"key": torch.zeros(2, 2, 16)}, ShapeError, "query must be"),
+        ({"key": torch.zeros(3, 2, 8)}, ShapeError, "query must be"),
+        ({"value": torch.zeros(3, 1, 16)}, ShapeError, "key and value must be"),
+        ({"positions": torch.zeros(2).long()}, ShapeError, "positions must be"),
+        ({"positions": torch.zeros(3, 1).long()}, ShapeError, "positions must be"),
+        ({"cos_sin_cache": torch.zeros(8, 16)}, ShapeError, "cos_sin_cache must be"),
+        ({"cos_sin_cache": torch.zeros(8, 1, 8)}, ShapeError, "cos_sin_cache must be"),
+        ({"cos_sin_cache": torch.zeros(8, 2, 9)}, ShapeError, "cos_sin_cache must be"),
+        ({"slot_mapping": torch.zeros(2).long()}, ShapeError, "slot_mapping must be .T. = .3."),
+        ({"key": torch.zeros(3, 1, 16), "value": torch.zeros(3, 1, 16)}, ShapeError, "1 heads, the cache 2"),
+        ({"key_cache": torch.zeros(5, 2, 16)}, ShapeError, "must be .num_blocks, Hkv, block_size, D"),
+        ({"value_cache": torch.zeros(4, 2, 4, 16)}, ShapeError, "must be .num_blocks, Hkv, block_size, D"),
+        ({"key_cache": torch.zeros(5, 2, 8, 16)[:, :, ::2]}, ShapeError, "must be contiguous"),
+        ({"query": torch.zeros(3, 4, 16).int()}, DtypeError, "query, key and value"),
+        ({"key": torch.zeros(3, 2, 16).half()}, DtypeError, "query, key and value"),
+        ({"value": torch.zeros(3, 2, 16).half()}, DtypeError, "query, key and value"),
+        ({"positions": torch.zeros(3)}, DtypeError, "positions must be int64 or int32"),
+        ({"cos_sin_cache": torch.zeros(8, 2, 8).int()}, DtypeError, "cos_sin_cache must be floating"),
+        ({"slot_mapping": torch.zeros(3).int()}, DtypeError, "slot_mapping must be int64"),
+        ({"key_cache": torch.zeros(5, 2, 4, 16).half()}, DtypeError, "caches hold torch.float16 and torch.float32"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes, error, message):
+    with pytest.raises(error, match=message):
+        ops.rotate_and_cache(**GOOD | changes)
