@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -16,11 +17,11 @@ from wavetrain_kernels.errors import DtypeError, ShapeError
 # B = requests in the step, T = tokens in the step.
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionMetadata:
     """The layout of one step. Rows may mix single-token decodes and chunks of prompts, in any order.
 
-    Immutable in meaning: whoever builds it must not write to its tensors while the step runs.
+    Nothing in it changes while the step runs; between two steps `advance` may turn it into the next one's.
 
     Attributes:
         query_start_loc: [B + 1] int32; row b's tokens are [query_start_loc[b], query_start_loc[b + 1]) of the T.
@@ -50,9 +51,9 @@ class AttentionMetadata:
     def __post_init__(self) -> None:
         self._check_tensors()
         if not self.host_query_start_loc:
-            object.__setattr__(self, "host_query_start_loc", self.query_start_loc.tolist())
+            self.host_query_start_loc = self.query_start_loc.tolist()
         if not self.host_seq_lens:
-            object.__setattr__(self, "host_seq_lens", self.seq_lens.tolist())
+            self.host_seq_lens = self.seq_lens.tolist()
         self._check_numbers()
 
     @classmethod
@@ -80,6 +81,16 @@ class AttentionMetadata:
             host_query_start_loc=starts,
             host_seq_lens=list(seq_lens),
         )
+
+    def advance(self) -> None:
+        """Turns the layout of a step into that of the same rows, each with as many new tokens, one token later.
+
+        Whoever owns the tensors has moved them on already: one more in every `seq_lens`, the next `slot_mapping`, and
+        in `block_tables` the blocks that were added.
+        """
+        self.host_seq_lens = [seq_len + 1 for seq_len in self.host_seq_lens]
+        self.max_seq_len += 1
+        self.plans.clear()
 
     @property
     def num_requests(self) -> int:
@@ -118,9 +129,11 @@ class AttentionMetadata:
                 f"goes from {starts[0]} to {starts[-1]}"
             )
         query_lens = [stop - start for start, stop in pairwise(starts)]
-        for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
-            if not 0 <= query_len <= seq_len:
-                raise ShapeError(f"row {row} has {query_len} queries in a context of {seq_len}")
+        if min(query_lens, default=0) < 0 or any(map(operator.gt, query_lens, seq_lens)):
+            row = next(
+                i for i, (query, seq) in enumerate(zip(query_lens, seq_lens, strict=True)) if not 0 <= query <= seq
+            )
+            raise ShapeError(f"row {row} has {query_lens[row]} queries in a context of {seq_lens[row]}")
         if max(query_lens, default=0) != self.max_query_len:
             raise ShapeError(f"max_query_len is {max(query_lens, default=0)}, not {self.max_query_len}")
         if max(seq_lens, default=0) != self.max_seq_len:

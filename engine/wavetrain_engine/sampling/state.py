@@ -25,7 +25,7 @@ class _Row:
     """One request.
 
     Attributes:
-        num_tokens: prompt and output tokens: the position of the next one.
+        num_tokens: prompt and output tokens: the position of the next one; not kept up for a row that asks for nothing.
         stop_ids: tokens that may not come before min_tokens; empty where min_tokens is 0.
         bad_words: forbidden sequences.
         history: the latest tokens, as many as the longest bad word looks back on.
@@ -54,6 +54,9 @@ class SamplingState:
         self._vocab_size = vocab_size
         self._device = device
         self._rows: dict[int, _Row] = {}
+        # Rows that ask for more than the likeliest token, and those that may forbid some; no step looks at any other.
+        self._asking: set[int] = set()
+        self._forbidding: set[int] = set()
         self._penalties = PenaltyTable(device)
         self._batched_rows: list[int] | None = None  # what _batch was made for; None since a row was added
         self._batch = SamplingBatch(num_rows=0)
@@ -83,7 +86,7 @@ class SamplingState:
         bad_words = [words for words in params.bad_words_token_ids if words and words[-1] < self._vocab_size]
         num_history = max((len(words) - 1 for words in bad_words), default=0)
         stop_ids = {*eos_token_ids, *params.stop_token_ids} if params.min_tokens else set[int]()
-        self._rows[row] = _Row(
+        state = self._rows[row] = _Row(
             params=params,
             num_prompt_tokens=num_prompt_tokens,
             num_tokens=len(token_ids),
@@ -96,6 +99,11 @@ class SamplingState:
         )
         if _has_penalties(params):
             self._penalties.add(row, token_ids, num_prompt_tokens)
+        if bad_words or params.min_tokens:
+            self._forbidding.add(row)
+        is_edited = row in self._forbidding or row in self._penalties or bool(params.logit_bias)
+        if is_edited or params.logprobs is not None or not state.is_greedy:
+            self._asking.add(row)
         self._batched_rows = None
 
     def remove(self, row: int) -> None:
@@ -106,12 +114,19 @@ class SamplingState:
         """
         del self._rows[row]
         self._penalties.remove(row)
+        self._asking.discard(row)
+        self._forbidding.discard(row)
+        self._batched_rows = None
 
     def append(self, rows: list[int], token_ids: list[int]) -> None:
         """Notes one output token for each of the rows; a row may come more than once, in order."""
+        if self._asking.isdisjoint(rows):
+            return
         penalized: list[int] = []
         counted: list[int] = []
         for row, token_id in zip(rows, token_ids, strict=True):
+            if row not in self._asking:
+                continue
             state = self._rows[row]
             state.num_tokens += 1
             if state.num_history:
@@ -128,20 +143,28 @@ class SamplingState:
         Raises:
             KeyError: there is no such row.
         """
-        states = [self._rows[row] for row in rows]
+        states = [] if self._asking.isdisjoint(rows) else [self._rows[row] for row in rows]
         if rows != self._batched_rows:
-            self._batch = self._build(rows, states)
+            self._batch = self._build(rows, states) if states else self._plain(rows)
             self._batched_rows = list(rows)
         batch = self._batch
+        if not states:
+            return batch
         if batch.random is not None:
             positions = self._int64([state.num_tokens for state in states if not state.is_greedy])
             batch = replace(batch, random=replace(batch.random, positions=positions))
         if batch.penalties is not None:
             token_ids, counts = self._penalties.select([row for row in rows if row in self._penalties])
             batch = replace(batch, penalties=replace(batch.penalties, token_ids=token_ids, output_counts=counts))
-        if any(state.has_forbidden for state in states):
+        if not self._forbidding.isdisjoint(rows) and any(state.has_forbidden for state in states):
             batch = replace(batch, forbidden=self._forbidden(states))
         return batch
+
+    def _plain(self, rows: list[int]) -> SamplingBatch:
+        for row in rows:
+            if row not in self._rows:
+                raise KeyError(row)
+        return SamplingBatch(num_rows=len(rows))
 
     def _build(self, rows: list[int], states: list[_Row]) -> SamplingBatch:
         """Everything of the batch that stays the same while its rows do; the rest is left for `batch` to replace."""

@@ -6,6 +6,9 @@ B = requests of the step, T = tokens of the step, N = requests that sample, V = 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,13 +18,25 @@ from wavetrain_engine.models.model import Model
 from wavetrain_engine.plan import ScheduledRequest, StepPlan, StepResult
 from wavetrain_engine.request import TokenLogprobs
 from wavetrain_engine.sampling.logprobs import prompt_logprobs
-from wavetrain_engine.sampling.sampler import Sampler
+from wavetrain_engine.sampling.sampler import SampledTokens, Sampler
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.worker.input_batch import InputBatch, StepInputs
 from wavetrain_kernels.ops import AttentionMetadata
 
 # Prompt log-probabilities need logits at every prompt position; this many rows of V floats at a time.
 _PROMPT_LOGPROBS_CHUNK = 128
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class _StepTensors:
+    """A step's inputs on the device."""
+
+    inputs: StepInputs
+    token_ids: Tensor
+    positions: Tensor
+    metadata: AttentionMetadata
 
 
 class ModelRunner:
@@ -50,6 +65,7 @@ class ModelRunner:
         self._device = device
         # Requests whose prompt is to be scored; none, usually, and then no step looks for them.
         self._scored: set[str] = set()
+        self._tensors: _StepTensors | None = None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -61,12 +77,8 @@ class ModelRunner:
         if not plan.scheduled:
             return StepResult(sampled_token_ids=[])
         inputs = self._batch.inputs(plan.scheduled)
-        hidden = self._model.forward(
-            self._to_device(inputs.token_ids),
-            self._to_device(inputs.positions),
-            self._kv_caches,
-            self._metadata(inputs),
-        )
+        tensors = self._step_tensors(inputs)
+        hidden = self._model.forward(tensors.token_ids, tensors.positions, self._kv_caches, tensors.metadata)
         prompt = self._prompt_logprobs(plan.scheduled, inputs, hidden)
         return self._sample(plan.scheduled, inputs, hidden, prompt)
 
@@ -85,18 +97,24 @@ class ModelRunner:
             if params.prompt_logprobs is not None and len(request.token_ids) == num_prompt_tokens:
                 self._scored.add(request.request_id)
 
-    def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
-        query_lens = np.diff(inputs.query_start_loc)
-        return AttentionMetadata(
+    def _step_tensors(self, inputs: StepInputs) -> _StepTensors:
+        last = self._tensors
+        if last is not None and last.inputs is inputs and self._device.type == "cpu":
+            last.metadata.advance()  # its tensors are the arrays, which the batch has moved on
+            return last
+        metadata = AttentionMetadata(
             query_start_loc=self._to_device(inputs.query_start_loc),
             seq_lens=self._to_device(inputs.seq_lens),
             block_tables=self._to_device(inputs.block_tables),
             slot_mapping=self._to_device(inputs.slot_mapping),
-            max_query_len=int(query_lens.max()),
-            max_seq_len=int(inputs.seq_lens.max()),
+            max_query_len=inputs.max_query_len,
+            max_seq_len=inputs.max_seq_len,
             host_query_start_loc=inputs.query_start_loc.tolist(),
             host_seq_lens=inputs.seq_lens.tolist(),
         )
+        token_ids, positions = self._to_device(inputs.token_ids), self._to_device(inputs.positions)
+        self._tensors = _StepTensors(inputs, token_ids, positions, metadata)
+        return self._tensors
 
     def _sample(
         self,
@@ -106,33 +124,41 @@ class ModelRunner:
         prompt: list[list[TokenLogprobs] | None],
     ) -> StepResult:
         sampling = [index for index, item in enumerate(scheduled) if item.is_sampling]
-        sampled: list[list[int]] = [[] for _ in scheduled]
-        logprobs: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
-        errors: dict[int, str] = {}
-        if sampling:
-            last = self._to_device(inputs.query_start_loc[1:][sampling].astype(np.int64) - 1)
-            rows = inputs.rows[sampling]
-            tokens = self._sampler.sample(self._model.compute_logits(hidden[last]), self._state.batch(rows.tolist()))
-            errors = {sampling[index]: message for index, message in tokens.errors.items()}
-            for index, token_id, entry in zip(sampling, tokens.token_ids, tokens.logprobs, strict=True):
-                if index not in errors:
-                    sampled[index] = [token_id]
-                    logprobs[index] = None if entry is None else [entry]
-            self._append(rows, tokens.token_ids, tokens.errors)
+        if not sampling:
+            return StepResult(sampled_token_ids=[[] for _ in scheduled], prompt_logprobs=prompt)
+        rows = inputs.rows
+        if len(sampling) < hidden.shape[0]:  # some tokens are not the last of their request
+            rows = rows[sampling]
+            hidden = hidden[self._to_device(inputs.query_start_loc[1:][sampling].astype(np.int64) - 1)]
+        batch = self._state.batch(rows.tolist())
+        tokens = self._sampler.sample(self._model.compute_logits(hidden), batch)
+        self._append(rows, tokens)
+        sampled = [[token_id] for token_id in tokens.token_ids]
+        logprobs = (
+            [None if entry is None else [entry] for entry in tokens.logprobs] if batch.num_logprobs is not None else []
+        )
+        for index in tokens.errors:
+            sampled[index] = []
+        errors = {sampling[index]: message for index, message in tokens.errors.items()}
+        if len(sampling) < len(scheduled):
+            sampled = _spread(sampled, sampling, [[] for _ in scheduled])
+            logprobs = _spread(logprobs, sampling, [None] * len(scheduled)) if logprobs else []
         return StepResult(sampled_token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt, errors=errors)
 
-    def _append(self, rows: np.ndarray, token_ids: list[int], errors: dict[int, str]) -> None:
-        good = [index for index in range(len(token_ids)) if index not in errors]
-        ids = [token_ids[index] for index in good]
-        self._batch.append_tokens(rows[good], np.asarray(ids, dtype=np.int64))
-        self._state.append(rows[good].tolist(), ids)
+    def _append(self, rows: np.ndarray, tokens: SampledTokens) -> None:
+        token_ids = tokens.token_ids
+        if tokens.errors:
+            good = [index for index in range(len(token_ids)) if index not in tokens.errors]
+            rows, token_ids = rows[good], [token_ids[index] for index in good]
+        self._batch.append_tokens(rows, np.asarray(token_ids, dtype=np.int64))
+        self._state.append(rows.tolist(), token_ids)
 
     def _prompt_logprobs(
         self, scheduled: list[ScheduledRequest], inputs: StepInputs, hidden: Tensor
     ) -> list[list[TokenLogprobs] | None]:
-        results: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
         if not self._scored:
-            return results
+            return []
+        results: list[list[TokenLogprobs] | None] = [None] * len(scheduled)
         for index, item in enumerate(scheduled):
             if item.request_id not in self._scored:
                 continue
@@ -160,3 +186,10 @@ class ModelRunner:
     def _to_device(self, array: np.ndarray) -> Tensor:
         # The arrays are pageable: CUDA has copied them to its own buffer when this returns, so they may change.
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _spread(values: list[_Value], indices: list[int], results: list[_Value]) -> list[_Value]:
+    """Puts values at their indices among the results of all rows."""
+    for index, value in zip(indices, values, strict=True):
+        results[index] = value
+    return results

@@ -87,17 +87,32 @@ class Rows:
         request_ids = self.rng.sample(sorted(self.plain), self.rng.randint(0, len(self.plain)))
         scheduled: list[ScheduledRequest] = []
         for request_id in request_ids:
-            request = self.plain[request_id]
-            left = len(request.token_ids) - request.num_computed_tokens
-            if left == 0:
-                continue
-            count = self.rng.randint(1, left)
-            end = request.num_computed_tokens + count
-            new = self.new_blocks(max(0, self.num_blocks_for(end) - len(request.block_ids)))
-            request.block_ids += new
-            is_sampling = end == len(request.token_ids) and end < MAX_MODEL_LEN
-            scheduled.append(ScheduledRequest(request_id, request.num_computed_tokens, count, new, is_sampling))
-        inputs = self.batch.inputs(iter(scheduled))
+            left = self.num_left(request_id)
+            if left:
+                scheduled.append(self.schedule(request_id, self.rng.randint(1, left)))
+        self.run(scheduled)
+
+    def decode(self) -> None:
+        """Computes the last token of everybody whose rest is computed, in one order, several times."""
+        request_ids = [name for name in self.plain if self.num_left(name) == 1]
+        for _ in range(self.rng.randint(1, 2 * self.block_size)):
+            request_ids = [name for name in request_ids if len(self.plain[name].token_ids) < MAX_MODEL_LEN]
+            self.run([self.schedule(name, 1) for name in request_ids])
+
+    def num_left(self, request_id: str) -> int:
+        request = self.plain[request_id]
+        return len(request.token_ids) - request.num_computed_tokens
+
+    def schedule(self, request_id: str, count: int) -> ScheduledRequest:
+        request = self.plain[request_id]
+        end = request.num_computed_tokens + count
+        new = self.new_blocks(max(0, self.num_blocks_for(end) - len(request.block_ids)))
+        request.block_ids += new
+        is_sampling = end == len(request.token_ids) and end < MAX_MODEL_LEN
+        return ScheduledRequest(request_id, request.num_computed_tokens, count, new, is_sampling)
+
+    def run(self, scheduled: list[ScheduledRequest]) -> None:
+        inputs = self.batch.inputs(scheduled)
         self.compare(scheduled, inputs)
         sampling = [index for index, item in enumerate(scheduled) if item.is_sampling]
         sampled = np.asarray([self.rng.randint(0, 999) for _ in sampling], dtype=np.int64)
@@ -113,7 +128,7 @@ class Rows:
         slots: list[int] = []
         starts = [0]
         seq_lens = [item.num_computed_tokens + item.num_scheduled_tokens for item in scheduled]
-        width = max((self.num_blocks_for(seq_len) for seq_len in seq_lens), default=1)
+        width = inputs.block_tables.shape[1]
         tables: list[list[int]] = []
         for item, seq_len in zip(scheduled, seq_lens, strict=True):
             request = self.plain[item.request_id]
@@ -131,6 +146,8 @@ class Rows:
         assert inputs.query_start_loc.tolist() == starts
         assert inputs.seq_lens.tolist() == seq_lens
         assert inputs.block_tables.tolist() == tables
+        assert inputs.max_query_len == max((item.num_scheduled_tokens for item in scheduled), default=0)
+        assert inputs.max_seq_len == max(seq_lens, default=0)
         assert inputs.rows.tolist() == [self.batch[item.request_id].row for item in scheduled]
         assert {inputs.token_ids.dtype, inputs.positions.dtype, inputs.slot_mapping.dtype} == {np.dtype(np.int64)}
         assert {inputs.query_start_loc.dtype, inputs.seq_lens.dtype, inputs.block_tables.dtype} == {np.dtype(np.int32)}
@@ -157,8 +174,10 @@ def test_rows_are_what_a_plain_model_says(block_size: int, seed: int) -> None:
             rows.add()
         elif action < 0.4 and rows.plain:
             rows.remove()
-        else:
+        elif action < 0.7:
             rows.step()
+        else:
+            rows.decode()
         rows.check()
 
 
@@ -179,10 +198,46 @@ def test_a_reused_row_shows_nothing_of_its_last_owner() -> None:
     batch.add(admitted("long", list(range(12)), [1, 2, 4]))
     assert batch["new"].row == row
     inputs = batch.inputs([ScheduledRequest("new", 0, 2, [], True), ScheduledRequest("long", 0, 12, [], True)])
-    assert inputs.block_tables.tolist() == [[3, 0, 0], [1, 2, 4]]
+    assert inputs.block_tables.tolist() == [[3, 0, 0, 0], [1, 2, 4, 0]]
 
 
 def test_an_empty_step_has_empty_inputs() -> None:
     inputs = make_batch().inputs([])
     assert inputs.query_start_loc.tolist() == [0]
     assert inputs.token_ids.shape == inputs.seq_lens.shape == (0,)
+
+
+def decode(batch: InputBatch, step: int, *request_ids: str) -> StepInputs:
+    """A token for each of requests that were admitted with four tokens and one block."""
+    new_block_ids = [10 * step, 10 * step + 1] if step % 4 == 0 else []
+    rows = [
+        ScheduledRequest(request_id, 4 + step, 1, new_block_ids[index : index + 1], True)
+        for index, request_id in enumerate(request_ids)
+    ]
+    inputs = batch.inputs(rows)
+    batch.append_tokens(inputs.rows, np.full(len(rows), 100 + step, dtype=np.int64))
+    return inputs
+
+
+def test_requests_that_decode_on_have_their_arrays_moved_on() -> None:
+    batch = make_batch()
+    for index, name in enumerate("ab"):
+        batch.add(admitted(name, [1, 2, 3, 4, 5], [index + 1]))
+    first = decode(batch, 0, "a", "b")
+    arrays = (first.token_ids, first.positions, first.slot_mapping, first.seq_lens, first.block_tables)
+    for step in range(1, 9):
+        assert decode(batch, step, "a", "b") is first
+    assert arrays == (first.token_ids, first.positions, first.slot_mapping, first.seq_lens, first.block_tables)
+    assert first.block_tables.tolist() == [[1, 0, 40, 80], [2, 1, 41, 81]]
+    assert (first.token_ids.tolist(), first.slot_mapping.tolist()) == ([107, 107], [320, 324])
+
+
+def test_arrays_are_made_anew_for_other_rows() -> None:
+    batch = make_batch()
+    for index, name in enumerate("ab"):
+        batch.add(admitted(name, [1, 2, 3, 4, 5], [index + 1]))
+    both = decode(batch, 0, "a", "b")
+    one = decode(batch, 1, "b")
+    assert one is not both
+    batch.remove("a")
+    assert decode(batch, 2, "b") is not one

@@ -326,14 +326,14 @@ class TestExecute:
         core = make_core()
         plan = StepPlan(0, [], [self.admit("a", PROMPTS[1], [1, 2])], [ScheduledRequest("a", 0, 10, [], False)])
         result = core.executor.submit(plan).result()
-        assert (result.sampled_token_ids, result.logprobs, result.errors) == ([[]], [None], {})
+        assert (result.sampled_token_ids, result.logprobs, result.errors) == ([[]], [], {})
 
     def test_who_is_resumed_with_output_is_not_scored_again(self, make_core: MakeCore) -> None:
         core = make_core()
         params = SamplingParams(temperature=0.0, prompt_logprobs=1)
         resumed = AdmittedRequest("a", PROMPTS[2] + [9], len(PROMPTS[2]), params, [1], 0)
         plan = StepPlan(0, [], [resumed], [ScheduledRequest("a", 0, 8, [], True)])
-        assert core.executor.submit(plan).result().prompt_logprobs == [None]
+        assert core.executor.submit(plan).result().prompt_logprobs == []
 
     def test_a_request_id_used_again_starts_afresh(self, make_core: MakeCore) -> None:
         core = make_core()
@@ -341,7 +341,7 @@ class TestExecute:
         plan = StepPlan(0, [], [self.admit("a", PROMPTS[0], [1], prompt_logprobs=0)], rows)
         assert [len(entries or []) for entries in core.executor.submit(plan).result().prompt_logprobs] == [4]
         plan = StepPlan(1, ["a"], [self.admit("a", PROMPTS[1], [2])], rows)
-        assert core.executor.submit(plan).result().prompt_logprobs == [None]
+        assert core.executor.submit(plan).result().prompt_logprobs == []
 
     @pytest.mark.parametrize("is_async", [False, True])
     def test_a_step_that_raises_does_so_in_its_result(self, make_core: MakeCore, is_async: bool) -> None:
