@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from wavetrain_kernels.cpu.attention import AttentionKernels
 from wavetrain_kernels.cpu.build import build, find_compiler
 from wavetrain_kernels.cpu.instruction_set import InstructionSet, available_levels
 from wavetrain_kernels.cpu.library import Library, openmp_runtime
@@ -64,4 +65,5 @@ def kernels_of(path: Path) -> KernelSet:
         unpack_rows=linear.unpack_rows,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
+        paged_attention=AttentionKernels(library).paged_attention,
     )

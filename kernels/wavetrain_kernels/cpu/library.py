@@ -22,6 +22,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_weight": (*[_POINTER] * 2, *[_INT64] * 3, _INT),
     "unpack_rows": (*[_POINTER] * 3, *[_INT64] * 2),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT, _INT),
+    "paged_attention": (*[_POINTER] * 8, *[_INT64] * 9, _FLOAT, _FLOAT),
     "rms_norm": (*[_POINTER] * 5, *[_INT64] * 5, _FLOAT, _FLOAT, _INT),
     "rotate_and_cache": (
         _POINTER,

@@ -3,6 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "attention.h"
 #include "linear.h"
 #include "norm.h"
 #include "rotary.h"
@@ -71,6 +72,18 @@ void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stri
     if (kind == 0) run(bf16(), bf16());
     else if (kind == 1) run(bf16(), float());
     else run(float(), float());
+}
+
+void wavetrain_paged_attention(bf16* out, const bf16* query, const bf16* key_cache, const bf16* value_cache,
+                               const int32_t* query_start_loc, const int32_t* seq_lens, const int32_t* block_tables,
+                               void* workspace, int64_t query_stride, int64_t table_stride, int64_t num_rows, int64_t num_heads,
+                               int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t sliding_window,
+                               int64_t max_pieces, float scale, float soft_cap) {
+    Sums* parts = (Sums*)workspace;
+    Unit* pieces = (Unit*)(parts + max_pieces);
+    run_attention({out, query, key_cache, value_cache, query_start_loc, seq_lens, block_tables, query_stride, table_stride,
+                   num_rows, num_heads, num_kv_heads, head_dim, block_size, sliding_window, scale, soft_cap},
+                  pieces + max_pieces, pieces, parts, max_pieces);
 }
 
 }  // extern "C"

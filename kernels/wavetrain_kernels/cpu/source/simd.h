@@ -64,6 +64,30 @@ inline __m256i narrow(Floats x) {
 }
 inline void store(bf16* p, Floats x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
 
+// Rows become columns, of 16 x 16 values of 32 bits.
+inline void transpose(__m512i rows[16]) {
+    __m512i pairs[16], quads[16], halves[16];
+    for (int i = 0; i < 8; ++i) {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) {
+            quads[4 * i + 2 * j] = _mm512_unpacklo_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
+            quads[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[4 * i + j], pairs[4 * i + 2 + j]);
+        }
+    for (int i = 0; i < 4; ++i) {
+        halves[i] = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0x88);
+        halves[4 + i] = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0xdd);
+        halves[8 + i] = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0x88);
+        halves[12 + i] = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        rows[i] = _mm512_shuffle_i32x4(halves[i], halves[8 + i], 0x88);
+        rows[8 + i] = _mm512_shuffle_i32x4(halves[i], halves[8 + i], 0xdd);
+    }
+}
+
 #else  // AVX2: two halves
 
 struct Floats {

@@ -20,6 +20,7 @@ namespace wavetrain {
 constexpr int kTile = 16;            // rows of a tile, and columns of a product
 constexpr int kDepth = 32;           // k of one tile
 constexpr int kTileElements = 512;   // 16 x 32 bf16, 1 KiB
+constexpr int kTileRow = 32;         // bf16 of a row, of A as of B
 
 // Tiles belong to a thread and other libraries set them up in their own way, so every parallel region does it anew.
 class TileScope {

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention over the paged KV cache; bfloat16. Other dtypes, and heads over 256 wide, go to the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.cpu.library import Library
+from wavetrain_kernels.reference import attention as reference
+
+# Sizes and limits of source/attention.h.
+_MAX_HEAD_DIM = 256
+_UNIT_BYTES, _SUMS_BYTES = 56, 64 + 64 + 16 * _MAX_HEAD_DIM * 4
+_LANES_PER_UNIT, _UNITS_PER_THREAD, _PARTITION = 64, 4, 1024
+
+
+class AttentionKernels:
+    """The attention function of one compiled library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def paged_attention(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> None:
+        """out [T, Hq, D] = attention of query [T, Hq, D] over caches [num_blocks, Hkv, block_size, D]."""
+        num_tokens, num_heads, head_dim = query.shape
+        if query.dtype != torch.bfloat16 or head_dim > _MAX_HEAD_DIM:
+            reference.paged_attention(out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
+            return
+        if not num_tokens:
+            return
+        if query.stride(2) != 1 or query.stride(1) != head_dim:
+            query = query.contiguous()
+        _, num_kv_heads, block_size, _ = key_cache.shape
+        tables = metadata.block_tables
+        num_units = num_kv_heads * (metadata.num_requests + num_tokens * num_heads // num_kv_heads // _LANES_PER_UNIT)
+        scarce = min(num_units, _UNITS_PER_THREAD * torch.get_num_threads())
+        num_pieces = scarce * -(-metadata.max_seq_len // _PARTITION)
+        self._library.paged_attention(
+            out.data_ptr(),
+            query.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            metadata.query_start_loc.data_ptr(),
+            metadata.seq_lens.data_ptr(),
+            tables.data_ptr(),
+            self._library.scratch(num_pieces * (_SUMS_BYTES + _UNIT_BYTES) + num_units * _UNIT_BYTES),
+            query.stride(0),
+            tables.stride(0),
+            metadata.num_requests,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            sliding_window or 0,
+            num_pieces,
+            scale,
+            soft_cap or 0.0,
+        )

@@ -1,0 +1,459 @@
+// SPDX-License-Identifier: Apache-2.0
+// Causal attention over the paged KV cache, for decodes and chunks of prompts alike.
+//
+// Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) in steps of 128 keys, counted from position 0, with the
+// steps of 1,024 keys summed apart and merged in order (Dao et al. 2023, "Flash-Decoding"). A query's result depends
+// on its own context alone: not on who shares its tile, how its prompt was cut, or how many threads took part.
+//
+// The queries of a key-value head are lanes, 16 to a tile: of one token all the heads that share the key-value head, then
+// those of the next token. Scores are computed transposed, S^T = K Q^T, so that keys go into the product as they lie in
+// the cache and the softmax runs down the lanes.
+#pragma once
+
+#include "threads.h"
+#include "tile.h"
+
+namespace wavetrain {
+
+constexpr int kKeys = 128;             // keys of a step
+constexpr int kPartition = 1024;       // keys summed apart; a multiple of kKeys
+constexpr int kMaxTiles = 4;           // tiles of lanes that share what is read of the cache
+constexpr int kMaxHeadDim = 256;
+
+struct Attention {
+    bf16* out;                // [T, Hq, D], contiguous
+    const bf16* query;        // [T, Hq, D], a token every query_stride
+    const bf16* key_cache;    // [blocks, Hkv, block_size, D], as value_cache
+    const bf16* value_cache;
+    const int32_t* query_start_loc;   // [B + 1]
+    const int32_t* seq_lens;          // [B]
+    const int32_t* block_tables;      // [B, table_stride]
+    int64_t query_stride, table_stride, num_rows, num_heads, num_kv_heads, head_dim, block_size;
+    int64_t sliding_window;   // 0: none
+    float scale, soft_cap;    // soft_cap 0: none
+
+    int64_t group() const { return num_heads / num_kv_heads; }
+    int64_t depth_steps() const { return (head_dim + kDepth - 1) / kDepth; }
+    int64_t padded_dim() const { return depth_steps() * kDepth; }
+};
+
+// What one thread works on: up to kMaxTiles tiles of lanes of one row and key-value head.
+struct Lanes {
+    int64_t row, head, first_lane, num_lanes;   // lane = token * group + query head within the group
+    int64_t num_tiles() const { return (num_lanes + kLanes - 1) / kLanes; }
+};
+
+// One tile's sums over some keys: for each lane the largest score, the sum of weights, the weighted values.
+struct alignas(64) Sums {
+    float largest[kLanes];
+    float weight[kLanes];
+    float value[kLanes][kMaxHeadDim];   // the first padded_dim() of each
+};
+
+// A thread's own arrays.
+struct alignas(64) AttentionScratch {
+    bf16 queries[kMaxTiles][kMaxHeadDim / kDepth][kTileElements];       // tiles of B
+    bf16 keys[kKeys * kMaxHeadDim];                                    // where the cache's own layout will not do
+    bf16 values[kKeys / kDepth][kMaxHeadDim / kTile][kTileElements];    // tiles of B
+    float scores[kKeys][kLanes];
+    bf16 weights[kLanes][kKeys];                                       // tiles of A, side by side
+    float positions[kMaxTiles][kLanes];
+    Sums part[kMaxTiles], total[kMaxTiles];
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+inline const bf16* cached(const Attention& op, const bf16* cache, int64_t row, int64_t head, int64_t position) {
+    int64_t block = op.block_tables[row * op.table_stride + position / op.block_size];
+    return cache + ((block * op.num_kv_heads + head) * op.block_size + position % op.block_size) * op.head_dim;
+}
+
+inline int64_t token_of(const Attention& op, const Lanes& lanes, int64_t lane) {
+    return op.query_start_loc[lanes.row] + (lanes.first_lane + lane) / op.group();
+}
+
+inline int64_t head_of(const Attention& op, const Lanes& lanes, int64_t lane) {
+    return lanes.head * op.group() + (lanes.first_lane + lane) % op.group();
+}
+
+inline int64_t position_of(const Attention& op, const Lanes& lanes, int64_t lane) {
+    return op.seq_lens[lanes.row] - op.query_start_loc[lanes.row + 1] + token_of(op, lanes, lane);
+}
+
+// Queries as tiles of B: row r of a tile holds dimensions 2r and 2r + 1 of every lane. Unused lanes are zero.
+inline void load_queries(const Attention& op, const Lanes& lanes, AttentionScratch& scratch) {
+    for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) {
+        memset(scratch.queries[tile], 0, (size_t)op.depth_steps() * sizeof scratch.queries[tile][0]);
+        for (int64_t i = 0; i < kLanes; ++i) {
+            int64_t lane = tile * kLanes + i;
+            bool is_used = lane < lanes.num_lanes;
+            scratch.positions[tile][i] = is_used ? (float)position_of(op, lanes, lane) : -1.0f;
+            if (!is_used) continue;
+            const bf16* from = op.query + token_of(op, lanes, lane) * op.query_stride + head_of(op, lanes, lane) * op.head_dim;
+            bf16* to = &scratch.queries[tile][0][i * 2];
+            for (int64_t d = 0; d < op.head_dim; ++d) to[d / kDepth * kTileElements + d % kDepth / 2 * kTileRow + d % 2] = from[d];
+        }
+    }
+}
+
+// One tile of A per 16 keys and 32 dimensions: the cache itself where it holds whole tiles, else a padded copy.
+struct KeyTiles {
+    const bf16* start[kKeys / kTile];
+    int64_t row_bytes;
+};
+
+inline KeyTiles load_keys(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
+    KeyTiles tiles;
+    bool is_direct = op.block_size % kTile == 0 && op.head_dim % kDepth == 0;
+    tiles.row_bytes = (is_direct ? op.head_dim : op.padded_dim()) * (int64_t)sizeof(bf16);
+    for (int64_t i = 0; i < kKeys / kTile; ++i) {
+        int64_t position = first + i * kTile;
+        // Past the context: any valid address does, its scores are masked.
+        if (is_direct) tiles.start[i] = cached(op, op.key_cache, lanes.row, lanes.head, position < end ? position : first);
+        else tiles.start[i] = scratch.keys + i * kTile * op.padded_dim();
+    }
+    if (!is_direct) {
+        memset(scratch.keys, 0, (size_t)(kKeys * op.padded_dim()) * sizeof(bf16));
+        for (int64_t position = first; position < smaller(end, first + kKeys); ++position)
+            memcpy(scratch.keys + (position - first) * op.padded_dim(), cached(op, op.key_cache, lanes.row, lanes.head, position),
+                   (size_t)op.head_dim * sizeof(bf16));
+    }
+    return tiles;
+}
+
+// Two rows of values as one row of tiles of B: (a[d], b[d]) for 32 dimensions, 16 to each tile. A null row is zeros.
+inline void interleave(const bf16* a, const bf16* b, bf16* even, bf16* odd) {
+#if defined(__AVX512BW__)
+    alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                  8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    __m512i x = a ? _mm512_loadu_si512(a) : _mm512_setzero_si512(), y = b ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
+    _mm512_store_si512(even, _mm512_permutex2var_epi16(x, low, y));
+    _mm512_store_si512(odd, _mm512_permutex2var_epi16(x, high, y));
+#else
+    for (int d = 0; d < kTile; ++d) {
+        even[2 * d] = a ? a[d] : 0;
+        even[2 * d + 1] = b ? b[d] : 0;
+        odd[2 * d] = a ? a[kTile + d] : 0;
+        odd[2 * d + 1] = b ? b[kTile + d] : 0;
+    }
+#endif
+}
+
+// Values of keys [first, first + kKeys) as tiles of B. Positions from `end` on are zeros, whatever the cache holds there.
+inline void load_values(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
+    bool is_padded = op.head_dim % kDepth != 0;
+    alignas(64) bf16 copies[2][kMaxHeadDim];
+    if (is_padded) memset(copies, 0, sizeof copies);
+    int64_t used = smaller(kKeys, (end - first + kDepth - 1) / kDepth * kDepth);
+    for (int64_t key = 0; key < used; key += 2) {
+        const bf16* rows[2];
+        for (int i = 0; i < 2; ++i) {
+            int64_t position = first + key + i;
+            rows[i] = position < end ? cached(op, op.value_cache, lanes.row, lanes.head, position) : nullptr;
+            if (is_padded && rows[i]) rows[i] = (const bf16*)memcpy(copies[i], rows[i], (size_t)op.head_dim * sizeof(bf16));
+        }
+        bf16(*tiles)[kTileElements] = scratch.values[key / kDepth];
+        int64_t at = key % kDepth / 2 * kTileRow;
+        for (int64_t d = 0; d < op.padded_dim(); d += kDepth)
+            interleave(rows[0] ? rows[0] + d : nullptr, rows[1] ? rows[1] + d : nullptr, tiles[d / kTile] + at, tiles[d / kTile + 1] + at);
+    }
+}
+
+// scores [128, 16] = keys times the queries of one tile.
+inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t tile, int64_t num_keys, AttentionScratch& scratch) {
+    for (int64_t first = 0; first < num_keys; first += kTile) {
+        const bf16* start = keys.start[first / kTile];
+#if WAVETRAIN_AMX
+        _tile_zero(0);
+        for (int64_t step = 0; step < op.depth_steps(); ++step) {
+            _tile_loadd(1, start + step * kDepth, keys.row_bytes);
+            _tile_loadd(2, scratch.queries[tile][step], 64);
+            _tile_dpbf16ps(0, 1, 2);
+        }
+        _tile_stored(0, scratch.scores[first], sizeof scratch.scores[0]);
+#else
+        for (int row = 0; row < kTile; ++row) {
+            const bf16* key = start + row * keys.row_bytes / (int64_t)sizeof(bf16);
+            Floats sums = broadcast(0.0f);
+            for (int64_t d = 0; d < op.padded_dim(); d += 2)
+                sums = multiply_pair(sums, pair_at(key + d), &scratch.queries[tile][d / kDepth][d % kDepth / 2 * kTileRow]);
+            store(scratch.scores[first + row], sums);
+        }
+#endif
+    }
+}
+
+// Scales, caps and masks scores of keys first + [0, num_keys); returns their largest per lane.
+inline Floats mask_scores(const Attention& op, int64_t tile, int64_t first, int64_t num_keys, AttentionScratch& scratch) {
+    // Scores are kept in powers of two: exp(s) = 2^(s log2 e).
+    bool is_capped = op.soft_cap > 0;
+    Floats scale = broadcast(is_capped ? op.scale / op.soft_cap : op.scale * kLog2e), cap = broadcast(op.soft_cap * kLog2e);
+    Floats hidden = broadcast(-__builtin_inff()), largest = hidden;
+    Floats position = load(scratch.positions[tile]);
+    Floats oldest = op.sliding_window ? sub(position, broadcast((float)op.sliding_window - 1.0f)) : broadcast(0.0f);
+    for (int64_t i = 0; i < num_keys; ++i) {
+        Floats score = mul(load(scratch.scores[i]), scale);
+        if (is_capped) score = mul(tanh(score), cap);
+        Floats key = broadcast((float)(first + i));
+        score = where_less(position, key, hidden, score);
+        score = where_less(key, oldest, hidden, score);
+        store(scratch.scores[i], score);
+        largest = max(score, largest);
+    }
+    return largest;
+}
+
+// weights [16, 128] (tiles of A) = 2^(score - largest), rounded; returns their sums, unrounded, per lane.
+inline Floats exponentiate(Floats largest, int64_t num_keys, AttentionScratch& scratch) {
+    Floats sums = broadcast(0.0f);
+    int64_t padded = (num_keys + kDepth - 1) / kDepth * kDepth;
+#if defined(__AVX512F__)
+    for (int64_t first = 0; first < padded; first += kDepth) {
+        __m512i pairs[kLanes];   // [pair of keys][lane]
+        for (int i = 0; i < kLanes; ++i) {
+            Floats even = broadcast(0.0f), odd = broadcast(0.0f);
+            int64_t key = first + 2 * i;
+            if (key < num_keys) even = exp2(sub(load(scratch.scores[key]), largest));
+            if (key + 1 < num_keys) odd = exp2(sub(load(scratch.scores[key + 1]), largest));
+            sums = add(sums, even);
+            sums = add(sums, odd);
+            __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd)), 16);
+            pairs[i] = _mm512_or_si512(high, _mm512_cvtepu16_epi32(narrow(even)));
+        }
+        transpose(pairs);
+        for (int i = 0; i < kLanes; ++i) _mm512_store_si512(&scratch.weights[i][first], pairs[i]);
+    }
+#else
+    for (int64_t key = 0; key < padded; ++key) {
+        Floats weight = key < num_keys ? exp2(sub(load(scratch.scores[key]), largest)) : broadcast(0.0f);
+        sums = add(sums, weight);
+        bf16 rounded[kLanes];
+        store(rounded, weight);
+        for (int i = 0; i < kLanes; ++i) scratch.weights[i][key] = rounded[i];
+    }
+#endif
+    return sums;
+}
+
+// sums.value = sums.value * factor + weights times values, for the lanes of one tile.
+inline void multiply_values(const Attention& op, int64_t tile, int64_t lanes, int64_t num_keys, Floats factor, AttentionScratch& scratch) {
+    float(*value)[kMaxHeadDim] = scratch.part[tile].value;
+    if (any_differs(factor, broadcast(1.0f))) {
+        float factors[kLanes];
+        store(factors, factor);
+        for (int64_t lane = 0; lane < lanes; ++lane)
+            for (int64_t d = 0; d < op.padded_dim(); d += kLanes)
+                store(value[lane] + d, mul(load(value[lane] + d), broadcast(factors[lane])));
+    }
+    int64_t steps = (num_keys + kDepth - 1) / kDepth;
+#if WAVETRAIN_AMX
+    for (int64_t d = 0; d < op.padded_dim(); d += 2 * kTile) {
+        _tile_loadd(0, value[0] + d, sizeof value[0]);
+        _tile_loadd(1, value[0] + d + kTile, sizeof value[0]);
+        for (int64_t step = 0; step < steps; ++step) {
+            _tile_loadd(2, &scratch.weights[0][step * kDepth], sizeof scratch.weights[0]);
+            _tile_loadd(3, scratch.values[step][d / kTile], 64);
+            _tile_loadd(4, scratch.values[step][d / kTile + 1], 64);
+            _tile_dpbf16ps(0, 2, 3);
+            _tile_dpbf16ps(1, 2, 4);
+        }
+        _tile_stored(0, value[0] + d, sizeof value[0]);
+        _tile_stored(1, value[0] + d + kTile, sizeof value[0]);
+    }
+#else
+    for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t d = 0; d < op.padded_dim(); d += kTile) {
+            Floats sums = load(value[lane] + d);
+            for (int64_t step = 0; step < steps; ++step)
+                for (int pair = 0; pair < kDepth / 2; ++pair)
+                    sums = multiply_pair(sums, pair_at(&scratch.weights[lane][step * kDepth + pair * 2]),
+                                         &scratch.values[step][d / kTile][pair * kTileRow]);
+            store(value[lane] + d, sums);
+        }
+#endif
+}
+
+inline void clear(Sums& sums, const Attention& op) {
+    store(sums.largest, broadcast(-__builtin_inff()));
+    store(sums.weight, broadcast(0.0f));
+    for (int lane = 0; lane < kLanes; ++lane) memset(sums.value[lane], 0, (size_t)op.padded_dim() * sizeof(float));
+}
+
+// 2^(from - to), where from <= to; 0 where nothing was seen yet.
+inline Floats rescale(Floats from, Floats to) { return exp2(sub(from, to)); }
+
+// A lane that sees no key yet has the largest score -inf: weights are then computed against 0, and are 0.
+inline Floats finite(Floats largest) { return where_less(largest, broadcast(-3e38f), broadcast(0.0f), largest); }
+
+// Asks for the keys and values of a later step while this one is computed.
+inline void prefetch(const Attention& op, const Lanes& lanes, int64_t first, int64_t end) {
+    int64_t row_bytes = op.head_dim * (int64_t)sizeof(bf16);
+    for (int64_t position = first; position < end; position += op.block_size) {
+        int64_t bytes = smaller(op.block_size - position % op.block_size, end - position) * row_bytes;
+        const char* keys = (const char*)cached(op, op.key_cache, lanes.row, lanes.head, position);
+        const char* values = (const char*)cached(op, op.value_cache, lanes.row, lanes.head, position);
+        for (int64_t line = 0; line < bytes; line += 64) {
+            _mm_prefetch(keys + line, _MM_HINT_T1);
+            _mm_prefetch(values + line, _MM_HINT_T1);
+        }
+    }
+}
+
+// scratch.part = the sums of keys [first, end) of one partition.
+inline void sum_partition(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
+    for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) clear(scratch.part[tile], op);
+    for (int64_t start = first; start < end; start += kKeys) {
+        int64_t num_keys = smaller(kKeys, end - start);
+        prefetch(op, lanes, start + num_keys, smaller(end, start + 2 * kKeys));
+        KeyTiles keys = load_keys(op, lanes, start, end, scratch);
+        load_values(op, lanes, start, end, scratch);
+        for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) {
+            Sums& sums = scratch.part[tile];
+            multiply_keys(op, keys, tile, num_keys, scratch);
+            Floats before = load(sums.largest);
+            Floats largest = max(mask_scores(op, tile, start, num_keys, scratch), before);
+            Floats base = finite(largest), factor = rescale(before, base);
+            Floats weight = exponentiate(base, num_keys, scratch);
+            store(sums.largest, largest);
+            store(sums.weight, fma(load(sums.weight), factor, weight));
+            multiply_values(op, tile, smaller(kLanes, lanes.num_lanes - tile * kLanes), num_keys, factor, scratch);
+        }
+    }
+}
+
+// total = total and part together.
+inline void merge(Sums& total, const Sums& part, const Attention& op) {
+    Floats one = load(total.largest), two = load(part.largest), largest = max(two, one), base = finite(largest);
+    float ones[kLanes], twos[kLanes];
+    store(ones, rescale(one, base));
+    store(twos, rescale(two, base));
+    store(total.largest, largest);
+    store(total.weight, fma(load(part.weight), load(twos), mul(load(total.weight), load(ones))));
+    for (int lane = 0; lane < kLanes; ++lane)
+        for (int64_t d = 0; d < op.padded_dim(); d += kLanes) {
+            float* value = total.value[lane] + d;
+            Floats before = mul(load(value), broadcast(ones[lane]));
+            store(value, fma(load(part.value[lane] + d), broadcast(twos[lane]), before));
+        }
+}
+
+inline void copy(Sums& to, const Sums& from, const Attention& op) {
+    memcpy(to.largest, from.largest, sizeof to.largest);
+    memcpy(to.weight, from.weight, sizeof to.weight);
+    for (int lane = 0; lane < kLanes; ++lane) memcpy(to.value[lane], from.value[lane], (size_t)op.padded_dim() * sizeof(float));
+}
+
+inline void write_out(const Attention& op, const Lanes& lanes, int64_t tile, const Sums& sums) {
+    for (int64_t i = 0; i < smaller(kLanes, lanes.num_lanes - tile * kLanes); ++i) {
+        int64_t lane = tile * kLanes + i;
+        Floats weight = broadcast(sums.weight[i]);
+        bf16* to = op.out + (token_of(op, lanes, lane) * op.num_heads + head_of(op, lanes, lane)) * op.head_dim;
+        for (int64_t d = 0; d < op.head_dim; d += kLanes) {
+            Floats value = div(load(sums.value[i] + d), weight);
+            if (op.head_dim - d >= kLanes) store(to + d, value);
+            else store(to + d, value, (int)(op.head_dim - d));
+        }
+    }
+}
+
+// Some lanes over keys [begin, end); `part`: where the sums of one partition go, null where the lanes are done whole.
+struct Unit {
+    Lanes lanes;
+    int64_t begin, end;
+    Sums* part;
+};
+
+inline void run_unit(const Attention& op, const Unit& unit, AttentionScratch& scratch) {
+    load_queries(op, unit.lanes, scratch);
+    bool is_first = true;
+    for (int64_t begin = unit.begin; begin < unit.end; is_first = false) {
+        int64_t end = smaller(unit.end, (begin / kPartition + 1) * kPartition);
+        sum_partition(op, unit.lanes, begin, end, scratch);
+        for (int64_t tile = 0; tile < unit.lanes.num_tiles(); ++tile)
+            if (unit.part) copy(*unit.part, scratch.part[tile], op);
+            else if (is_first && end == unit.end) write_out(op, unit.lanes, tile, scratch.part[tile]);
+            else if (is_first) copy(scratch.total[tile], scratch.part[tile], op);
+            else merge(scratch.total[tile], scratch.part[tile], op);
+        begin = end;
+    }
+    if (unit.part || unit.end <= (unit.begin / kPartition + 1) * kPartition) return;
+    for (int64_t tile = 0; tile < unit.lanes.num_tiles(); ++tile) write_out(op, unit.lanes, tile, scratch.total[tile]);
+}
+
+// The keys that some lanes see, from the start of a step on.
+inline void set_keys(const Attention& op, Unit& unit) {
+    unit.end = position_of(op, unit.lanes, unit.lanes.num_lanes - 1) + 1;
+    int64_t oldest = op.sliding_window ? position_of(op, unit.lanes, 0) - op.sliding_window + 1 : 0;
+    unit.begin = greater(oldest, 0) / kKeys * kKeys;
+}
+
+// Lists the work of all rows and heads, long contexts first within a row; returns how much there is.
+inline int64_t list_units(const Attention& op, Unit* units) {
+    int64_t count = 0;
+    for (int64_t row = 0; row < op.num_rows; ++row) {
+        int64_t num_lanes = (op.query_start_loc[row + 1] - op.query_start_loc[row]) * op.group();
+        int64_t pieces = (num_lanes + kMaxTiles * kLanes - 1) / (kMaxTiles * kLanes);
+        for (int64_t piece = pieces - 1; piece >= 0; --piece)
+            for (int64_t head = 0; head < op.num_kv_heads; ++head) {
+                int64_t first = piece * kMaxTiles * kLanes;
+                Unit& unit = units[count++];
+                unit.lanes = {row, head, first, smaller(kMaxTiles * kLanes, num_lanes - first)};
+                unit.part = nullptr;
+                set_keys(op, unit);
+            }
+    }
+    return count;
+}
+
+// Cuts units of one tile into partitions where there are too few to go round; returns how many there are then.
+inline int64_t split_units(const Attention& op, const Unit* units, int64_t count, Unit* pieces, Sums* parts, int64_t max_pieces) {
+    int64_t num_pieces = 0;
+    (void)op;
+    for (int64_t i = 0; i < count; ++i) {
+        const Unit& unit = units[i];
+        if (unit.lanes.num_tiles() > 1) return 0;
+        for (int64_t begin = unit.begin; begin < unit.end;) {
+            if (num_pieces == max_pieces) return 0;
+            int64_t end = smaller(unit.end, (begin / kPartition + 1) * kPartition);
+            pieces[num_pieces] = {unit.lanes, begin, end, parts + num_pieces};
+            begin = end;
+            ++num_pieces;
+        }
+    }
+    return num_pieces == count ? 0 : num_pieces;
+}
+
+// Puts the partitions of a unit, consecutive in `pieces`, together in their order.
+inline void finish_unit(const Attention& op, const Unit& unit, const Unit* piece) {
+    Sums total;
+    copy(total, *piece->part, op);
+    for (int64_t end = piece->end; end < unit.end; end = piece->end) merge(total, *(++piece)->part, op);
+    write_out(op, unit.lanes, 0, total);
+}
+
+// units: room for all lanes' units; pieces, parts: room for max_pieces.
+inline void run_attention(const Attention& op, Unit* units, Unit* pieces, Sums* parts, int64_t max_pieces) {
+    constexpr int64_t kUnitsPerThread = 4;
+    int64_t count = list_units(op, units);
+    bool is_scarce = count < kUnitsPerThread * omp_get_max_threads();
+    int64_t num_pieces = is_scarce ? split_units(op, units, count, pieces, parts, max_pieces) : 0;
+#pragma omp parallel
+    {
+        TileScope tiles;
+        AttentionScratch scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < (num_pieces ? num_pieces : count); ++i) run_unit(op, num_pieces ? pieces[i] : units[i], scratch);
+        if (num_pieces) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; ++i) {
+                const Unit* piece = pieces;
+                while (piece->lanes.row != units[i].lanes.row || piece->lanes.head != units[i].lanes.head) ++piece;
+                finish_unit(op, units[i], piece);
+            }
+        }
+    }
+}
+
+}  // namespace wavetrain
