@@ -127,6 +127,7 @@ class Bench:
             architecture="",
             dtype="float32",
             device="cpu",
+            cpu_threads=1,
             kernels="",
             vocab_size=VOCAB_SIZE,
             max_model_len=self.max_model_len,

@@ -49,6 +49,9 @@ class ModelSection:
     model: str = _option("", "checkpoint directory (Hugging Face layout, safetensors)")
     dtype: str = _option("auto", "dtype of weights and activations; auto: the checkpoint's", choices=_DTYPES)
     device: str = _option("auto", "where the model runs; auto: cuda where there is one", choices=_DEVICES)
+    cpu_threads: int | None = _option(
+        None, "threads that compute on the CPU; default: one for each core this process may use", low=1, high=1024
+    )
     # One token would be a prompt without room for an output.
     max_model_len: int | None = _option(
         None, "prompt and output tokens of a request; default: the model's own", low=2, high=_MAX_INT32

@@ -90,26 +90,9 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
 def _load_worker(config: EngineConfig, progress: Progress) -> tuple[Executor, EngineFacts]:
     bound_waiting_threads()
     # Imported late: torch takes seconds to import, and clients may say Hello meanwhile.
-    import torch
-
     from wavetrain_engine.worker.load import load_executor
 
-    # Never more than torch chose: a number that OMP_NUM_THREADS asks for stays.
-    torch.set_num_threads(min(torch.get_num_threads(), _num_physical_cores()))
     return load_executor(config, environment=Environment.read(), progress=progress)
-
-
-def _num_physical_cores() -> int:
-    """The cores this process may use, hyperthreads counted once: two threads of one core only share its units."""
-    usable = os.sched_getaffinity(0)
-    cores: set[str] = set()
-    for cpu in usable:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text(encoding="utf-8"))
-        except OSError:
-            return len(usable)
-    return max(1, len(cores))
 
 
 def _progress_reporter(socket: CoreSocket) -> Progress:

@@ -12,6 +12,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The loaded engine, as front ends and logs need to know it.
 
     Attributes:
+        cpu_threads: threads that compute; on a GPU what little is left for the CPU.
         kernels: which kernel set answers `wavetrain_kernels.ops` on the device.
         num_blocks: blocks of the KV cache; `num_blocks * block_size / max_model_len` requests of full
             length fit at once.
@@ -20,6 +21,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     dtype: str
     device: str
+    cpu_threads: int
     kernels: str
     vocab_size: int
     max_model_len: int

@@ -35,6 +35,7 @@ def make_facts(config: EngineConfig, *, max_model_len: int, vocab_size: int, eos
         architecture="FakeForCausalLM",
         dtype="float32",
         device="cpu",
+        cpu_threads=1,
         kernels="fake",
         vocab_size=vocab_size,
         max_model_len=max_model_len,

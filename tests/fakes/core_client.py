@@ -14,6 +14,7 @@ FACTS = EngineFacts(
     architecture="Fake",
     dtype="float32",
     device="none",
+    cpu_threads=1,
     kernels="none",
     vocab_size=512,
     max_model_len=256,

@@ -49,6 +49,7 @@ def load(config: EngineConfig, progress: Progress) -> tuple[SlowExecutor, Engine
         architecture="Fake",
         dtype="float32",
         device="none",
+        cpu_threads=1,
         kernels="none",
         vocab_size=VOCAB_SIZE,
         max_model_len=MAX_MODEL_LEN,

@@ -22,6 +22,7 @@ from wavetrain_engine.plan import Executor
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.version import VERSION
 from wavetrain_engine.weights.loader import load_weights
+from wavetrain_engine.worker.cpu_threads import set_cpu_threads
 from wavetrain_engine.worker.executor import LocalExecutor
 from wavetrain_engine.worker.input_batch import InputBatch
 from wavetrain_engine.worker.kv_cache import allocate_kv_caches
@@ -49,6 +50,7 @@ def load_executor(
         CheckpointError: the checkpoint is missing, broken or not supported.
     """
     started = time.monotonic()
+    cpu_threads = set_cpu_threads(config.model.cpu_threads)
     report = progress or (lambda _phase, _done, _total: None)
     model_dir = _model_dir(config)
     model_config = ModelConfig.load(model_dir)
@@ -67,6 +69,7 @@ def load_executor(
         architecture=model_config.architecture,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
+        cpu_threads=cpu_threads,
         kernels=kernels,
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
@@ -158,10 +161,11 @@ def _input_batch(config: EngineConfig, max_model_len: int) -> InputBatch:
 
 def _log_facts(facts: EngineFacts) -> None:
     _LOG.info(
-        "%s, %s on %s, %s kernels, weights %.1f MiB, loaded in %.1f s",
+        "%s, %s on %s, %d CPU threads, %s kernels, weights %.1f MiB, loaded in %.1f s",
         facts.architecture,
         facts.dtype,
         facts.device,
+        facts.cpu_threads,
         facts.kernels,
         facts.weight_bytes / 2**20,
         facts.load_s,

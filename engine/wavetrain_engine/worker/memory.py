@@ -11,6 +11,7 @@ import torch
 
 from wavetrain_engine.config import CacheSection
 from wavetrain_engine.errors import ConfigError
+from wavetrain_engine.worker.control_groups import CGROUP, PROC, group_folders, read_text
 
 GIB = 2**30
 # Without a budget the CPU cache takes a share of what is free: the machine runs other things too.
@@ -73,7 +74,7 @@ def _usable_bytes(config: CacheSection, free_bytes: int, device: torch.device) -
     return min(int(free_bytes * _CPU_SHARE), _CPU_MOST_BYTES)
 
 
-def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def available_memory_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Memory that can be taken without swapping: the machine's, or a control group's if that is less."""
     available = _values(proc / "meminfo").get("MemAvailable:", 0) * 1024
     return max(0, min([available, *_group_free_bytes(proc, cgroup)]))
@@ -83,43 +84,28 @@ def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys
 class _GroupFiles:
     """Where one version of control groups keeps its numbers."""
 
-    folder: str
     limit: str
     usage: str
     inactive_key: str
 
 
-_V1 = _GroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _GroupFiles("", "memory.max", "memory.current", "inactive_file")
+_FILES = {
+    1: _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: _GroupFiles("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def _group_free_bytes(proc: Path, cgroup: Path) -> Iterator[int]:
     """What this process's control group and each one above it have left."""
-    for line in _text(proc / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        files = _V1 if controllers else _V2
-        root = cgroup / files.folder
-        group = root / path.strip("/")
-        # In a container the path may be the host's and not be there; its own group is the root then.
-        for folder in [group, *group.parents]:
-            limit, usage = _text(folder / files.limit).strip(), _text(folder / files.usage).strip()
-            if limit.isdigit() and usage.isdigit():
-                # The usage has the page cache in it; what of it is inactive goes before anything else does.
-                yield int(limit) - int(usage) + _values(folder / "memory.stat").get(files.inactive_key, 0)
-            if folder == root:
-                break
+    for version, folder in group_folders("memory", proc, cgroup):
+        files = _FILES[version]
+        limit, usage = read_text(folder / files.limit).strip(), read_text(folder / files.usage).strip()
+        if limit.isdigit() and usage.isdigit():
+            # The usage has the page cache in it; what of it is inactive goes before anything else does.
+            yield int(limit) - int(usage) + _values(folder / "memory.stat").get(files.inactive_key, 0)
 
 
 def _values(path: Path) -> dict[str, int]:
     """A file of lines `name number ...`."""
-    rows = [line.split() for line in _text(path).splitlines()]
+    rows = [line.split() for line in read_text(path).splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

@@ -47,6 +47,15 @@ def test_facts(checkpoint: Path) -> None:
     assert facts.load_s > 0
 
 
+def test_the_flag_decides_how_many_threads_compute(checkpoint: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert load(checkpoint, cpu_threads=3).cpu_threads == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert load(checkpoint).cpu_threads <= before
+
+
 def test_without_flags_every_seat_has_room_for_a_full_length(checkpoint: Path) -> None:
     facts = load(checkpoint)
     assert (facts.max_model_len, facts.max_concurrency) == (MAX_POSITION_EMBEDDINGS, 4)
