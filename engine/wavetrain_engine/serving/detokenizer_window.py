@@ -43,10 +43,12 @@ def window_text(tokenizer: Tokenizer, window: Window) -> str:
 
 def pack_windows(windows: Sequence[Window]) -> tuple[list[int], list[int], list[int]]:
     """A row's windows as the three tensors' content: all tails, all ids, and five numbers for each window."""
-    tail_ids = [token_id for window in windows for token_id in window.tail_ids]
-    token_ids = [token_id for window in windows for token_id in window.token_ids]
+    tail_ids: list[int] = []
+    token_ids: list[int] = []
     spans: list[int] = []
     for window in windows:
+        tail_ids += window.tail_ids
+        token_ids += window.token_ids
         spans += (len(window.tail_ids), len(window.token_ids), window.start, window.end, int(window.is_final))
     return tail_ids, token_ids, spans
 

@@ -92,10 +92,11 @@ class EngineWriter:
             for row in rows
         ]
         # What follows a row's own ids is never read.
-        (tail_ids,), (token_ids,) = (padded([[row[column] for row in packed]], [0]) for column in (0, 1))
+        tail_ids = padded([[row[0] for row in packed]], [0])
+        token_ids = padded([[row[1] for row in packed]], [0])
         return [
-            _make(DETOKENIZER_TAIL_IDS, tail_ids, np.int32),
-            _make(DETOKENIZER_TOKEN_IDS, token_ids, np.int32),
+            _make(DETOKENIZER_TAIL_IDS, tail_ids[0], np.int32),
+            _make(DETOKENIZER_TOKEN_IDS, token_ids[0], np.int32),
             _make(DETOKENIZER_SPAN, [row[2] for row in packed], np.int32),
         ]
 

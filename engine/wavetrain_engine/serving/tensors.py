@@ -114,5 +114,7 @@ def tensor(name: str, rows: Sequence[Any], dtype: Any, *, has_batch_dimension: b
 
 def padded(rows: Sequence[Sequence[list[Number]]], fills: Sequence[Number]) -> list[list[list[Number]]]:
     """The rows' lists, all made as long as the longest with their row's `fills`."""
+    if len(rows) == len(rows[0]) == 1:  # nearly every streamed response
+        return [list(rows[0])]
     width = max(len(values) for row in rows for values in row)
     return [[values + [fill] * (width - len(values)) for values in row] for row, fill in zip(rows, fills, strict=True)]

@@ -9,9 +9,8 @@ row's sequences together. All are sent only when they were asked for, the indice
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +22,7 @@ from wavetrain_engine.serving.tensors import padded, tensor
 _NO_LOGPROB = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class News:
+class News(NamedTuple):
     """What a response says of one sequence."""
 
     sequence: LiveSequence
