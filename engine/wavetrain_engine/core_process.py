@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
     socket = CoreSocket(runtime_dir.socket_address(os.getpid()), options.server_pid)
     socket.install_signal_handlers()
     try:
+        logging.getLogger().setLevel(Environment.read().log_level.upper())
         config = EngineConfig.load(options.engine_config)
         executor, facts = (load or _load_worker)(config, _progress_reporter(socket))
     except WavetrainError as error:
@@ -115,7 +116,7 @@ def _progress_reporter(socket: CoreSocket) -> Progress:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_ServerLogFormatter())
-    logging.basicConfig(level=Environment.read().log_level.upper(), handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -35,9 +35,9 @@ class TritonModel(ABC):
         Raises:
             pb_utils.TritonModelException: it cannot be started; one line says why.
         """
-        install_server_log()
         exit_with_server(os.getppid())
         try:
+            install_server_log()
             self.start(ModelFiles.read(args))
         except WavetrainError as error:
             _LOGGER.error("%s cannot be served: %s: %s", args["model_name"], type(error).__name__, error)

@@ -166,6 +166,12 @@ def test_broken_checkpoint_reaches_start(connect: Connect) -> None:
         connect("broken").start()
 
 
+def test_environment_that_means_nothing_reaches_start(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVETRAIN_LOG_LEVEL", "loud")
+    with pytest.raises(CheckpointError, match="WAVETRAIN_LOG_LEVEL: expected one of debug, info"):
+        connect().start()
+
+
 def test_core_that_crashes_while_loading_is_given_up(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wavetrain_engine.ipc.core_client._FIRST_RESTART_DELAY_S", 0.01)
     with pytest.raises(EngineDead, match="crashed while it loaded"):

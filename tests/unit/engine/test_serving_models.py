@@ -469,3 +469,9 @@ def test_start_that_fails_is_one_line(tmp_path: Path) -> None:
     }
     with pytest.raises(pb_utils.TritonModelException, match=r"^invalid: unknown key .* did you mean model\.model\?$"):
         LlmServer().initialize(arguments)
+
+
+def test_environment_that_means_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVETRAIN_LOG_LEVEL", "loud")
+    with pytest.raises(pb_utils.TritonModelException, match=r"^invalid: WAVETRAIN_LOG_LEVEL: expected one of debug, "):
+        LlmServer().initialize({"model_name": "llm"})
