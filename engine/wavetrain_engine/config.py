@@ -88,6 +88,13 @@ class SchedulerSection:
         0, "tokens of one prompt per step at most; 0: only max_num_batched_tokens bounds it", low=0, high=_MAX_INT32
     )
     async_scheduling: bool = _option(False, "plan a step while the one before it runs")
+    stream_interval: int | None = _option(
+        None,
+        "tokens per response of a served stream at least, but for the first and the last; default: 1, and more where "
+        "sending each token would take the processors from the engine",
+        low=1,
+        high=_MAX_INT32,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

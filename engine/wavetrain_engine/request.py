@@ -7,6 +7,7 @@ has a `finish_reason`. Both are msgspec structs, so the in-process and the IPC p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import msgspec
@@ -92,3 +93,22 @@ class RequestUpdate(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     error_code: ErrorCode | None = None
     error: str | None = None
     stats: RequestStats | None = None
+
+
+def merge_updates(updates: Sequence[RequestUpdate]) -> RequestUpdate:
+    """Returns what consecutive updates of one request say, at least one of them, as one update."""
+    last = updates[-1]
+    if len(updates) == 1:
+        return last
+    return msgspec.structs.replace(
+        last,
+        new_token_ids=[token_id for update in updates for token_id in update.new_token_ids],
+        logprobs=_joined([update.logprobs for update in updates]),
+        prompt_logprobs=_joined([update.prompt_logprobs for update in updates]),
+    )
+
+
+def _joined(parts: Sequence[list[TokenLogprobs] | None]) -> list[TokenLogprobs] | None:
+    if all(part is None for part in parts):
+        return None
+    return [entry for part in parts for entry in part or ()]

@@ -84,6 +84,7 @@ class CoreSocket:
         self._is_draining = False
         self._is_shutting_down = False
         self._has_cancelled_all = False
+        self._has_signal_handlers = False
         self._wakeup, self._signal_end = socket.socketpair()
         for descriptor in (self._wakeup.fileno(), self._server.fileno()):
             if descriptor is not None:
@@ -95,6 +96,7 @@ class CoreSocket:
         self._wakeup.setblocking(False)
         self._signal_end.setblocking(False)
         signal.set_wakeup_fd(self._signal_end.fileno(), warn_on_full_buffer=False)
+        self._has_signal_handlers = True
         signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -154,6 +156,11 @@ class CoreSocket:
         self._clients.clear()
         self._socket.close()
         self._context.term()
+        if self._has_signal_handlers:
+            signal.set_wakeup_fd(-1)
+            self._has_signal_handlers = False
+        self._wakeup.close()
+        self._signal_end.close()
 
     def _shutdown_commands(self) -> list[Command]:
         # First the running requests end as cancelled, then the loop: what is unfinished then would count as lost.

@@ -31,7 +31,9 @@ class GeneratingModel(TritonModel):
         Raises:
             WavetrainError: the core cannot be loaded.
         """
-        self._generation = Generation(files.core_client(self.core_command))
+        self._generation = Generation(
+            files.core_client(self.core_command), stream_interval=files.config.scheduler.stream_interval
+        )
         return self._generation.start()
 
     def is_ready(self) -> bool:
@@ -39,7 +41,7 @@ class GeneratingModel(TritonModel):
         return self._generation is not None and self._generation.is_ready
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Starts each request and returns; responses come from the sender threads."""
+        """Starts each request and returns; responses come from the sender thread."""
         for request in requests:
             self._start_or_refuse(request)
 

@@ -20,20 +20,25 @@ from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.serving.cancellation import LiveRequests
 from wavetrain_engine.serving.live_request import LiveRequest, LiveSequence, ResponseWriter
 from wavetrain_engine.serving.request_parameters import RequestParameters
-from wavetrain_engine.serving.responses import SenderPool
+from wavetrain_engine.serving.responses import Sender
 from wavetrain_engine.serving.row_inputs import RowOptions
 from wavetrain_engine.text.text_stream import TextStream
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _FINALIZE_TIMEOUT_S = 8.0
+# Of the cores, for sending. On the CPU the engine needs them all itself; beside a device they have little else to do.
+_CPU_SENDING_SHARE = 0.05
+_DEVICE_SENDING_SHARE = 0.5
 
 
 class Generation:
     """Runs the Triton requests of one model on the engine core."""
 
-    def __init__(self, client: CoreClient) -> None:
+    def __init__(self, client: CoreClient, *, stream_interval: int | None = None) -> None:
+        """`stream_interval`: tokens per streamed response at least; None: as many as the pace of sending makes them."""
         self._client = client
-        self._pool: SenderPool | None = None
+        self._stream_interval = stream_interval
+        self._responses: Sender | None = None
         self._live: LiveRequests | None = None
         self._prefix = f"{os.getpid():x}"
         self._count = itertools.count()
@@ -41,7 +46,9 @@ class Generation:
     def start(self) -> EngineFacts:
         """Attaches to the core. Raises what CoreClient.start raises."""
         facts = self._client.start()
-        self._pool, self._live = SenderPool(), LiveRequests()
+        share = _CPU_SENDING_SHARE if facts.device == "cpu" else _DEVICE_SENDING_SHARE
+        self._responses = Sender(budget_cores=share * len(os.sched_getaffinity(0)))
+        self._live = LiveRequests()
         return facts
 
     @property
@@ -87,8 +94,8 @@ class Generation:
         ]
 
     def run(self, request: Any, sequences: Sequence[LiveSequence], writer: ResponseWriter) -> None:
-        """Hands a Triton request's sequences to the core; responses follow from the sender threads."""
-        if self._pool is None or self._live is None:
+        """Hands a Triton request's sequences to the core; responses follow from the sender thread."""
+        if self._responses is None or self._live is None:
             raise EngineDead("the model has not been started")
         live = LiveRequest(
             request_id=request.request_id(),
@@ -96,8 +103,9 @@ class Generation:
             sequences=sequences,
             writer=writer,
             cancel_in_core=self._client.cancel,
-            schedule=self._pool.pick().put,
+            schedule=self._responses.schedule,
             on_end=self._live.remove,
+            stream_interval=self._stream_interval,
         )
         self._live.add(live)
         for sequence in sequences:
@@ -121,8 +129,8 @@ class Generation:
         if self._live is not None:
             self._live.close(timeout_s=1.0)
         self._client.close(_FINALIZE_TIMEOUT_S)
-        if self._pool is not None:
-            self._pool.close(timeout_s=1.0)
+        if self._responses is not None:
+            self._responses.close(timeout_s=1.0)
 
     def _submit(self, request: EngineRequest, sink: Callable[[RequestUpdate], None]) -> None:
         try:

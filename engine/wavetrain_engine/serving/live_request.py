@@ -6,8 +6,8 @@ A Triton request becomes one core request per row and returned sequence. Invaria
        thread that the request is pinned to, so responses keep their order
     2. exactly one response carries the final flag, it is the last, and it is sent when every sequence has ended
        or one of them has failed; a failed one ends the whole request, as Triton knows one error per request
-    3. whatever piled up since the last response leaves in the next one, so a slow sender merges tokens and
-       never loses, doubles or reorders any
+    3. whatever piled up since the last response leaves in the next one, so a sender that may not or cannot send more
+       often merges tokens and never loses, doubles or reorders any; the first token and an end wait for nothing
     4. the server is never asked about a request whose last response was sent: it has freed it by then and would
        crash (measured with server 2.51), so asking and sending the last response exclude each other
 """
@@ -22,8 +22,16 @@ from typing import Any, Protocol
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
 from wavetrain_engine.errors import ErrorCode
-from wavetrain_engine.request import EngineRequest, FinishReason, RequestStats, RequestUpdate, TokenLogprobs
+from wavetrain_engine.request import (
+    EngineRequest,
+    FinishReason,
+    RequestStats,
+    RequestUpdate,
+    TokenLogprobs,
+    merge_updates,
+)
 from wavetrain_engine.serving.error_codes import triton_error
+from wavetrain_engine.serving.outbox import Haste
 from wavetrain_engine.serving.row_inputs import RowOptions
 from wavetrain_engine.text.text_stream import TextDelta, TextStream
 
@@ -124,15 +132,17 @@ class LiveRequest:
         sequences: Sequence[LiveSequence],
         writer: ResponseWriter,
         cancel_in_core: Callable[[Sequence[str]], None],
-        schedule: Callable[[LiveRequest], None],
+        schedule: Callable[[LiveRequest, Haste], None],
         on_end: Callable[[LiveRequest], None],
+        stream_interval: int | None = None,
     ) -> None:
         """
         Args:
             request_id: the client's name for it, may be empty.
             sender: the Triton request's response sender.
-            schedule: has `flush` called soon, on the request's sender thread.
+            schedule: has `flush`, or for Haste.LOOK `look`, called on the sender thread.
             on_end: called once, before the last response is sent.
+            stream_interval: tokens per streamed response at least; None: as many as the pace of sending makes them.
         """
         self.request_id = request_id
         self.sequences = sequences
@@ -141,21 +151,30 @@ class LiveRequest:
         self._cancel_in_core = cancel_in_core
         self._schedule = schedule
         self._on_end = on_end
+        self._stream_interval = None if stream_interval is None else stream_interval * len(sequences)
+        self._is_streaming = any(sequence.options.stream for sequence in sequences)
+        # Only this process can see the end that a stop string makes, and until it does the core goes on computing.
+        self._has_stop_strings = any(sequence.request.sampling_params.stop for sequence in sequences)
         self._by_id = {sequence.request.request_id: sequence for sequence in sequences}
         self._lock = threading.Lock()
         self._sender_lock = threading.Lock()
         self._updates: list[RequestUpdate] = []
-        self._is_scheduled = False
+        self._num_unsent_tokens = 0
+        self._has_sent = False
+        self._scheduled: Haste | None = None
+        self._failure: RequestUpdate | None = None
         self._is_ended = False
 
     def push(self, update: RequestUpdate) -> None:
         """Takes news from the core; costs an append."""
         with self._lock:
             self._updates.append(update)
-            if self._is_scheduled:
+            self._num_unsent_tokens += len(update.new_token_ids)
+            haste = Haste.NOW if update.finish_reason is not None else self._haste()
+            if haste is None or (self._scheduled is not None and haste <= self._scheduled):
                 return
-            self._is_scheduled = True
-        self._schedule(self)
+            self._scheduled = haste
+        self._schedule(self, haste)
 
     def cancel(self) -> None:
         """Ends the request early; its last response still follows, with finish reason `cancelled`."""
@@ -166,26 +185,36 @@ class LiveRequest:
         with self._sender_lock:
             return not self._is_ended and bool(self._sender.is_cancelled())
 
-    def flush(self) -> None:
-        """Sends what has piled up. Sender thread only."""
-        with self._lock:
-            updates, self._updates = self._updates, []
-            self._is_scheduled = False
-        stopped: list[str] = []
-        for update in updates:
-            if self._is_ended:
-                return
-            sequence = self._by_id[update.request_id]
-            if update.error_code is not None and not sequence.is_finished:
-                sequence.is_finished = True
-                self.fail(update.error_code, update.error or "the request failed")
-                return
-            if sequence.take(update):
-                stopped.append(update.request_id)
-        if stopped:
-            self._cancel_in_core(stopped)
-        if not self._is_ended:
-            self._send_ready()
+    def look(self) -> int:
+        """Finds out whether the news end a sequence, and if not, whether they may wait. Sender thread only.
+
+        Returns:
+            The number of responses sent.
+        """
+        if self._digest(is_sent=False) or self._failure is not None:
+            return self.flush()
+        haste = self._haste_to_send()
+        if haste is Haste.NOW:
+            return self.flush()
+        if haste is not None:
+            with self._lock:
+                self._scheduled = max(haste, self._scheduled or haste)
+            self._schedule(self, haste)
+        return 0
+
+    def flush(self) -> int:
+        """Sends what has piled up. Sender thread only. Returns the number of responses sent."""
+        self._digest(is_sent=True)
+        if self._is_ended:
+            return 0
+        num_sent = self._send_ready()
+        failure = self._failure
+        if failure is not None and failure.error_code is not None:
+            self._by_id[failure.request_id].is_finished = True
+            self.fail(failure.error_code, failure.error or "the request failed")
+            num_sent += 1
+        self._has_sent = self._has_sent or num_sent > 0
+        return num_sent
 
     def fail(self, code: ErrorCode, message: str) -> None:
         """Ends the request with an error, and with it all its sequences. Sender thread only."""
@@ -196,13 +225,51 @@ class LiveRequest:
             self._cancel_in_core(unfinished)
         self._end(pb_utils.InferenceResponse(error=triton_error(code, message)))
 
-    def _send_ready(self) -> None:
+    def _haste(self) -> Haste | None:
+        """How soon news that are no end have to be dealt with; None: with the end is soon enough."""
+        return Haste.LOOK if self._has_stop_strings else self._haste_to_send()
+
+    def _haste_to_send(self) -> Haste | None:
+        if not self._is_streaming:
+            return None
+        if not self._has_sent:
+            return Haste.NOW
+        if self._stream_interval is None:
+            return Haste.LATER
+        return Haste.NOW if self._num_unsent_tokens >= self._stream_interval else None
+
+    def _digest(self, *, is_sent: bool) -> bool:
+        """Gives the sequences their news. Returns whether a stop string has just ended one of them.
+
+        `is_sent`: what they have to say is sent next.
+        """
+        with self._lock:
+            updates, self._updates = self._updates, []
+            self._scheduled = None
+            if is_sent:
+                self._num_unsent_tokens = 0
+        if self._is_ended:
+            return False
+        news: dict[str, list[RequestUpdate]] = {}
+        for update in updates:
+            if update.error_code is not None and not self._by_id[update.request_id].is_finished:
+                self._failure = update
+                break
+            news.setdefault(update.request_id, []).append(update)
+        # Together, as text is made of several tokens in one go.
+        stopped = [name for name, parts in news.items() if self._by_id[name].take(merge_updates(parts))]
+        if stopped:
+            self._cancel_in_core(stopped)
+        return bool(stopped)
+
+    def _send_ready(self) -> int:
         responses = self._writer.write(self.sequences)
         is_last = all(sequence.is_closed for sequence in self.sequences)
         for tensors in responses[:-1] if is_last else responses:
             self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
         if is_last:
             self._end(pb_utils.InferenceResponse(output_tensors=responses[-1]))
+        return len(responses)
 
     def _end(self, response: Any) -> None:
         self._on_end(self)

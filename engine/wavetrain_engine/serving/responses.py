@@ -1,61 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sender threads: news are written and sent here, off the thread that hears from the core.
+"""The sender thread: news are written and sent here, off the thread that hears from the core.
 
-Sending costs 60 to 100 µs, most of it waiting for the server, so a few threads share it. A request stays on one
-of them. At low load nothing waits: a request with news is sent as soon as its thread is free, and only what
-arrives meanwhile is merged.
+Sending is mostly the interpreter's work, which threads cannot share: four of them cost as much per response as one,
+and sent no more (measured). One also keeps each request's responses in order.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import queue
 import threading
+import time
+from collections.abc import Callable, Sequence
 
 from wavetrain_engine.errors import ErrorCode
 from wavetrain_engine.serving.live_request import LiveRequest
+from wavetrain_engine.serving.outbox import Haste, Outbox
+from wavetrain_engine.serving.send_pace import SendPace
 
 _LOGGER = logging.getLogger(__name__)
-_NUM_THREADS = 4
 
 
-class SenderPool:
-    """Flushes requests, each always on the same thread."""
+class Sender:
+    """Sends the news of requests, at the pace that its budget allows."""
 
-    def __init__(self, num_threads: int = _NUM_THREADS) -> None:
-        self._queues: list[queue.SimpleQueue[LiveRequest | None]] = [queue.SimpleQueue() for _ in range(num_threads)]
-        self._turn = itertools.count()
-        self._threads = [
-            threading.Thread(target=self._run, args=(work,), name=f"sender-{index}", daemon=True)
-            for index, work in enumerate(self._queues)
-        ]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, budget_cores: float) -> None:
+        self._pace = SendPace(budget_cores)
+        self._outbox: Outbox[LiveRequest] = Outbox(self._pace)
+        self._wakeup = threading.Event()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
+        self._thread.start()
 
-    def pick(self) -> queue.SimpleQueue[LiveRequest | None]:
-        """The queue of the thread that a new request is to stay on; putting the request there has it flushed."""
-        return self._queues[next(self._turn) % len(self._queues)]
+    def schedule(self, live: LiveRequest, haste: Haste) -> None:
+        """Has a request looked at or flushed. May be called by any thread."""
+        if self._outbox.put(live, haste):
+            self._wakeup.set()
 
     def close(self, timeout_s: float) -> None:
-        """Sends what has been scheduled and ends the threads. Idempotent."""
-        for work in self._queues:
-            work.put(None)
-        for thread in self._threads:
-            thread.join(timeout_s / len(self._threads))
+        """Sends what is due and ends the thread. Idempotent."""
+        self._is_closing = True
+        self._wakeup.set()
+        self._thread.join(timeout_s)
 
-    def _run(self, work: queue.SimpleQueue[LiveRequest | None]) -> None:
-        while (live := work.get()) is not None:
-            _flush(live)
-            del live  # a thread that waits must not keep an ended request alive
+    def _run(self) -> None:
+        while not self._is_closing:
+            self._wakeup.wait(self._outbox.wait_s())
+            self._wakeup.clear()
+            self._deal(*self._outbox.take())
+        self._deal(*self._outbox.take())
+
+    def _deal(self, look: Sequence[LiveRequest], due: Sequence[LiveRequest]) -> None:
+        for live in look:
+            _attempt(live, live.look)
+        started_s = time.thread_time()
+        num_responses = sum(_attempt(live, live.flush) for live in due)
+        self._pace.charge(time.monotonic(), num_responses, time.thread_time() - started_s)
 
 
-def _flush(live: LiveRequest) -> None:
+def _attempt(live: LiveRequest, work: Callable[[], int]) -> int:
     try:
-        live.flush()
+        return work()
     except Exception:  # one request's bug must not end the thread that serves the others
         _LOGGER.exception("a response could not be made")
         _fail(live)
+        return 0
 
 
 def _fail(live: LiveRequest) -> None:

@@ -15,6 +15,7 @@ import pytest
 from fakes import pb_utils
 from fakes.core_client import FACTS, FakeCoreClient
 from fakes.tiny_tokenizers import byte_level
+from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.errors import ErrorCode
 from wavetrain_engine.request import FinishReason, RequestStats, TokenLogprobs
 from wavetrain_engine.serving.contracts import DETOKENIZER_SPAN
@@ -31,8 +32,9 @@ _TIMEOUT_S = 10.0
 class FakeFiles:
     """What a model's `start` asks for."""
 
-    def __init__(self, tokenizer: Tokenizer, client: FakeCoreClient) -> None:
+    def __init__(self, tokenizer: Tokenizer, client: FakeCoreClient, **flags: Any) -> None:
         self._tokenizer, self._client = tokenizer, client
+        self.config = EngineConfig.from_flags(flags)
 
     def load_tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -157,6 +159,56 @@ def test_what_piles_up_while_sending_leaves_in_one_response(
     assert len(responses) <= 2  # the one that was being sent, and the rest
     assert "".join(texts(responses)) == "abcdefgh"
     assert sum(int(response.values()["num_output_tokens"].sum()) for response in responses) == len(ids)
+
+
+def test_stop_word_reaches_the_core_before_the_pace_lets_its_text_go(
+    tokenizer: Tokenizer, client: FakeCoreClient
+) -> None:
+    model = LlmServer()
+    model.start(FakeFiles(tokenizer, client, stream_interval=1000))  # type: ignore[arg-type]
+    request = llm_request(max_tokens=64, stream=True, stop_words=strings("STOP"))
+    model.execute([request])
+    for token_id in tokenizer.encode("abc STOP", add_special_tokens=False):
+        client.send(0, [token_id])
+    responses = finish(request)
+    assert len(responses) <= 2
+    assert "".join(texts(responses)) == "abc "
+    assert client.cancelled == [client.requests[0].request_id]
+    model.finalize()
+
+
+def test_stream_interval_is_the_least_number_of_tokens_in_a_response(
+    tokenizer: Tokenizer, client: FakeCoreClient
+) -> None:
+    model = LlmServer()
+    model.start(FakeFiles(tokenizer, client, stream_interval=3))  # type: ignore[arg-type]
+    request = llm_request(max_tokens=8, stream=True, return_num_output_tokens=True)
+    model.execute([request])
+    ids = tokenizer.encode("abcdefgh", add_special_tokens=False)
+    for token_id in ids[:-1]:
+        client.send(0, [token_id])
+        wait_for(lambda: request.sender.responses)
+    client.send(0, ids[-1:], FinishReason.LENGTH)
+    counts = [int(response.values()["num_output_tokens"].sum()) for response in finish(request)]
+    assert counts[0] == 1
+    assert all(count >= 3 for count in counts[1:-1])
+    assert (sum(counts), "".join(texts(request.sender.responses))) == (len(ids), "abcdefgh")
+    model.finalize()
+
+
+def test_text_before_a_failure_is_sent_before_it(tokenizer: Tokenizer, client: FakeCoreClient) -> None:
+    model = LlmServer()
+    model.start(FakeFiles(tokenizer, client, stream_interval=1000))  # type: ignore[arg-type]
+    request = llm_request(max_tokens=8, stream=True)
+    model.execute([request])
+    for token_id in tokenizer.encode("abcd", add_special_tokens=False):
+        client.send(0, [token_id])
+    client.send(0, [], FinishReason.ERROR, error_code=ErrorCode.DEADLINE, error="timeout_ms has passed")
+    *told, last = finish(request)
+    assert "".join(texts(told)) == "abcd"
+    assert last.error().message() == "deadline: timeout_ms has passed"
+    assert client.cancelled == []
+    model.finalize()
 
 
 def test_whole_answer_has_the_prompt_as_each_dialect_says(
