@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The asyncio shell around `StreamSession`: the same client as `client.py`, waiting with `await`.
 
-One `grpc.aio` channel, one call per request. An `AsyncClient` belongs to the event loop in which it was first used.
+One tritonclient.grpc.aio client, so one channel, and one call of it per request. An `AsyncClient` belongs to the event
+loop in which it was first used.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from wavetrain_client.errors import Cancelled, ClientError, ConnectionFailed
 from wavetrain_client.options import GenerationRequest, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
 from wavetrain_client.stream import StopRequest, StreamSession
+from wavetrain_client.wire import WireRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 STOP_TIMEOUT_S = 5.0
-_END_OF_STREAM: Any = cast("Any", grpc.aio).EOF
 
 
 class AsyncClient:
@@ -55,8 +56,7 @@ class AsyncClient:
         self._retry_policy = RetryPolicy(max_retries)
         self._credentials = credentials
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._channel: Any = None
-        self._stub: Any = None
+        self._triton: Any = None
         self._streams: weakref.WeakSet[AsyncChunkStream] = weakref.WeakSet()
         self._stops: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -127,16 +127,13 @@ class AsyncClient:
 
     async def is_ready(self, model: str | None = None, *, timeout_s: float = 5.0) -> bool:
         """Tells whether the server, and the model where one is named, answers and takes requests."""
-        stub = self._connected_stub()
+        triton = self._connected()
         try:
-            if not (await stub.ServerReady(protocol.ServerReadyRequest(), timeout=timeout_s)).ready:
+            if not await triton.is_server_ready(client_timeout=timeout_s):
                 return False
-            if model is None:
-                return True
-            answer = await stub.ModelReady(protocol.ModelReadyRequest(name=model), timeout=timeout_s)
-        except grpc.RpcError:
+            return model is None or bool(await triton.is_model_ready(model, client_timeout=timeout_s))
+        except protocol.InferenceServerException:
             return False
-        return bool(answer.ready)
 
     async def close(self) -> None:
         """Closes the connection; running requests are cancelled. Doing it twice does no harm."""
@@ -148,8 +145,8 @@ class AsyncClient:
         await asyncio.sleep(0)  # lets their cancels go out
         if self._stops:
             await asyncio.wait(self._stops, timeout=STOP_TIMEOUT_S)
-        if self._channel is not None:
-            await self._channel.close()
+        if self._triton is not None:
+            await self._triton.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -170,26 +167,25 @@ class AsyncClient:
         if self._is_closed:
             raise ConnectionFailed("the client is closed; make a new one")
 
-    def _connected_stub(self) -> Any:
-        """Returns the stub, made on first use because a grpc.aio channel belongs to the running loop."""
+    def _connected(self) -> Any:
+        """Returns tritonclient's client, made on first use because its channel belongs to the running loop."""
         self._check_open()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            target = self._address.target
-            if self._address.is_secure or self._credentials is not None:
-                credentials = self._credentials or grpc.ssl_channel_credentials()
-                self._channel = grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
-            else:
-                self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-            self._stub = protocol.GRPCInferenceServiceStub(self._channel)
+            credentials = self._credentials
+            if credentials is None and self._address.is_secure:
+                credentials = grpc.ssl_channel_credentials()
+            self._triton = protocol.AsyncInferenceClient(
+                self._address.target, creds=credentials, channel_args=CHANNEL_OPTIONS
+            )
         elif self._loop is not loop:
             raise RuntimeError("an AsyncClient belongs to the event loop it was first used in; make one for each loop")
-        return self._stub
+        return self._triton
 
-    def start_call(self, message: Any, timeout_s: float | None) -> Any:
-        """Opens a call with one message; for `AsyncChunkStream`."""
-        return self._connected_stub().ModelStreamInfer(iter((message,)), timeout=timeout_s)
+    def start_call(self, request: WireRequest, timeout_s: float | None) -> Any:
+        """Opens a call with one request; for `AsyncChunkStream`."""
+        return self._connected().stream_infer(_once(protocol.to_stream_inputs(request)), stream_timeout=timeout_s)
 
     def abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         """Cancels a call and sends the stop request, if there is one, without waiting; for `AsyncChunkStream`.
@@ -213,7 +209,8 @@ class AsyncClient:
             await asyncio.sleep(delay_s)
             # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
             with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
-                async for _ in self._stub.ModelStreamInfer(iter((stop_request.message,)), timeout=STOP_TIMEOUT_S):
+                inputs = _once(protocol.to_stream_inputs(stop_request.request))
+                async for _ in self._triton.stream_infer(inputs, stream_timeout=STOP_TIMEOUT_S):
                     pass
 
 
@@ -303,17 +300,23 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
 
     async def _pull(self) -> list[Chunk]:
         if self._call is None:
-            message, timeout_s = self._session.start_attempt()
-            self._call = self._client.start_call(message, timeout_s)
+            request, timeout_s = self._session.start_attempt()
+            self._call = self._client.start_call(request, timeout_s)
         try:
-            message = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise self._session.fail(error.code().name, error.details() or "") from None
-        if message is _END_OF_STREAM:
+            result, error = await anext(self._call)
+        except StopAsyncIteration:
             chunks = self._session.finish()
             self._is_done = True
             return chunks
-        return self._session.receive(message)
+        except grpc.aio.AioRpcError as failure:
+            raise self._session.fail(failure.code().name, failure.details() or "") from None
+        if error is not None:
+            raise self._session.refuse(error.message())
+        return self._session.receive(result.get_response())
+
+
+async def _once(item: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield item
 
 
 def _is_task_cancelled() -> bool:

@@ -26,6 +26,7 @@ from wavetrain_client.errors import Cancelled, ClientError, ConnectionFailed
 from wavetrain_client.options import GenerationRequest, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
 from wavetrain_client.stream import StopRequest, StreamSession
+from wavetrain_client.wire import WireRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -171,10 +172,10 @@ class Client:
         if self._is_closed:
             raise ConnectionFailed("the client is closed; make a new one")
 
-    def start_call(self, message: Any, timeout_s: float | None) -> Any:
-        """Opens a call with one message; for `ChunkStream`."""
+    def start_call(self, request: WireRequest, timeout_s: float | None) -> Any:
+        """Opens a call with one request; for `ChunkStream`."""
         self._check_open()
-        return self._stub.ModelStreamInfer(iter((message,)), timeout=timeout_s)
+        return self._stub.ModelStreamInfer(iter((protocol.to_message(request),)), timeout=timeout_s)
 
     def abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         """Cancels a call and sends the stop request, if there is one, without waiting; for `ChunkStream`."""
@@ -194,7 +195,8 @@ class Client:
             time.sleep(delay_s)
             # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
             with contextlib.suppress(grpc.RpcError, ValueError):
-                answers = self._stub.ModelStreamInfer(iter((stop_request.message,)), timeout=STOP_TIMEOUT_S)
+                message = protocol.to_message(stop_request.request)
+                answers = self._stub.ModelStreamInfer(iter((message,)), timeout=STOP_TIMEOUT_S)
                 deque(answers, maxlen=0)
         self._stops.discard(threading.current_thread())
 
@@ -267,8 +269,8 @@ class ChunkStream(Iterator[Chunk]):
 
     def _pull(self) -> list[Chunk]:
         if self._call is None:
-            message, timeout_s = self._session.start_attempt()
-            self._call = self._client.start_call(message, timeout_s)
+            request, timeout_s = self._session.start_attempt()
+            self._call = self._client.start_call(request, timeout_s)
         try:
             message = next(self._call)
         except StopIteration:
@@ -280,7 +282,9 @@ class ChunkStream(Iterator[Chunk]):
                 raise _closed_while_read() from None
             status = cast("Any", error)
             raise self._session.fail(status.code().name, status.details() or "") from None
-        return self._session.receive(message)
+        if message.error_message:
+            raise self._session.refuse(message.error_message)
+        return self._session.receive(message.infer_response)
 
 
 def _closed_while_read() -> Cancelled:

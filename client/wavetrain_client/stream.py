@@ -32,6 +32,7 @@ from wavetrain_client.wire import (
     DEFAULT_MAX_TOKENS,
     ENGINE_MODEL,
     ENSEMBLE_MODEL,
+    WireRequest,
     decode_response,
     encode_request,
     encode_stop,
@@ -47,16 +48,17 @@ _MODELS_WITHOUT_REASON = {ENSEMBLE_MODEL, ENGINE_MODEL}
 class StopRequest:
     """What the server has to be told when a request is given up, and when: the delay before each sending."""
 
-    message: Any
+    request: WireRequest
     delays_s: tuple[float, ...]
 
 
 class StreamSession:
     """Drives one request from its first attempt to its end.
 
-    A shell calls `start_attempt`, opens a call with the message, and reports what happens: `receive` for each message,
-    `finish` when the server ended the call well, `fail` when the call failed. When one of them raises, it asks
-    `retry_delay_s`, which returns the time to wait or raises the error again.
+    A shell calls `start_attempt`, opens a call with what it returns, and reports what happens: `receive` for each
+    response, `refuse` for an error message in its place, `finish` when the server ended the call well, `fail` when the
+    call failed. With an error that any of them raises or returns it asks `retry_delay_s`, which returns the time to
+    wait or raises the error again.
     """
 
     def __init__(
@@ -78,28 +80,25 @@ class StreamSession:
         self._num_output_tokens: dict[int, int] = {}
         self._finished: set[int] = set()
 
-    def start_attempt(self) -> tuple[Any, float | None]:
-        """Returns the message to send and the time the call may take (None: no limit).
+    def start_attempt(self) -> tuple[WireRequest, float | None]:
+        """Returns what to send and the time the call may take (None: no limit).
 
         Raises:
             DeadlineExceeded: no time is left.
             RequestRejected: the request cannot be encoded.
         """
         time_left_s = self._time_left_s()
-        message = encode_request(self.request, timeout_s=time_left_s)
+        encoded = encode_request(self.request, timeout_s=time_left_s)
         self._is_running_on_server = True
-        return message, time_left_s
+        return encoded, time_left_s
 
-    def receive(self, message: Any) -> list[Chunk]:
-        """Takes one ModelStreamInferResponse; returns its chunks.
+    def receive(self, response: Any) -> list[Chunk]:
+        """Takes one ModelInferResponse; returns its chunks.
 
         Raises:
-            ClientError: the server answered with an error, which ends the attempt.
+            ServerFailed: it makes no sense.
         """
-        if message.error_message:
-            self._is_running_on_server = False
-            raise error_from_message(message.error_message)
-        decoded = decode_response(message.infer_response)
+        decoded = decode_response(response)
         self._has_response = self._has_response or bool(decoded)
         # llm's responses tell of all sequences, of finished ones with nothing.
         chunks = [chunk for chunk in decoded if chunk.sequence_index not in self._finished or chunk.text]
@@ -109,6 +108,11 @@ class StreamSession:
             if chunk.finish_reason is not None:
                 self._finished.add(index)
         return chunks
+
+    def refuse(self, message: str) -> ClientError:
+        """Takes an error message of the server, which ends the attempt; returns the error it stands for."""
+        self._is_running_on_server = False
+        return error_from_message(message)
 
     def finish(self) -> list[Chunk]:
         """Takes the server's good end of the call; returns the last chunks of sequences that still lack theirs.

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-from wavetrain_client import protocol
 from wavetrain_client.chunk import Chunk, FinishReason, Logprob, PerfMetrics
 from wavetrain_client.errors import RequestRejected, ServerFailed
 from wavetrain_client.options import GenerationRequest
@@ -72,8 +72,18 @@ _READ_OUTPUTS = {
 }
 
 
-def encode_request(request: GenerationRequest, *, timeout_s: float | None = None) -> Any:
-    """Builds the ModelInferRequest of a generation.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireRequest:
+    """What is sent for one request: its tensors, and the request parameters."""
+
+    model: str
+    id: str
+    tensors: Sequence[Tensor]
+    parameters: Mapping[str, int | str] = field(default_factory=dict[str, "int | str"])
+
+
+def encode_request(request: GenerationRequest, *, timeout_s: float | None = None) -> WireRequest:
+    """Builds what a generation sends.
 
     Args:
         request: what to generate.
@@ -88,27 +98,24 @@ def encode_request(request: GenerationRequest, *, timeout_s: float | None = None
         tensors = _engine_tensors(request)
     else:
         tensors = _llm_tensors(request)
-    message = _message(request.model, request.id, tensors)
+    parameters: dict[str, int | str] = {}
     if request.priority is not None:
-        message.parameters["request_priority"].int64_param = request.priority
+        parameters["request_priority"] = request.priority
     if timeout_s is not None:
-        message.parameters["timeout_ms"].int64_param = max(1, round(timeout_s * 1000))
+        parameters["timeout_ms"] = max(1, round(timeout_s * 1000))
     if request.cache_salt is not None:
-        message.parameters["cache_salt"].string_param = request.cache_salt
-    return message
+        parameters["cache_salt"] = request.cache_salt
+    return WireRequest(model=request.model, id=request.id, tensors=tensors, parameters=parameters)
 
 
-def encode_stop(request_id: str) -> Any:
-    """Builds the message that ends the request of this id, sent to the engine by whatever model it came in."""
-    return _message(
-        ENGINE_MODEL,
-        request_id,
-        [
-            encode_tensor("stop", "BOOL", (1, 1), [True]),
-            encode_tensor("input_lengths", "INT32", (1, 1), [0]),
-            encode_tensor("request_output_len", "INT32", (1, 1), [0]),
-        ],
-    )
+def encode_stop(request_id: str) -> WireRequest:
+    """Builds what ends the request of this id, sent to the engine by whatever model it came in."""
+    tensors = [
+        encode_tensor("stop", "BOOL", (1, 1), [True]),
+        encode_tensor("input_lengths", "INT32", (1, 1), [0]),
+        encode_tensor("request_output_len", "INT32", (1, 1), [0]),
+    ]
+    return WireRequest(model=ENGINE_MODEL, id=request_id, tensors=tensors)
 
 
 def decode_response(response: Any) -> list[Chunk]:
@@ -146,17 +153,6 @@ def decode_response(response: Any) -> list[Chunk]:
         )
         for row in range(num_sequences)
     ]
-
-
-def _message(model: str, request_id: str, tensors: Sequence[Tensor]) -> Any:
-    message = protocol.ModelInferRequest(model_name=model, id=request_id)
-    for tensor in tensors:
-        entry = message.inputs.add()
-        entry.name = tensor.name
-        entry.datatype = tensor.datatype
-        entry.shape.extend(tensor.shape)
-        message.raw_input_contents.append(tensor.data)
-    return message
 
 
 def _llm_tensors(request: GenerationRequest) -> list[Tensor]:

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from wavetrain_client import GenerationRequest, RequestRejected, ServerFailed
+from fakes.triton import FakeTriton, reply, serve
+from wavetrain_client import AsyncClient, Client, GenerationRequest, RequestRejected, ServerFailed
 from wavetrain_client.errors import ERROR_CLASSES, error_from_message
 from wavetrain_client.options import OPTION_NAMES
+from wavetrain_client.protocol import to_message
 from wavetrain_client.wire import encode_request, encode_stop
 from wavetrain_engine.errors import ErrorCode
 from wavetrain_engine.request import FinishReason
@@ -75,7 +79,7 @@ def test_what_the_client_sends_is_what_the_model_declares(model):
     for name, value in VALUES.items():
         request = GenerationRequest(prompt=prompt, model=model, options={name: value})
         try:
-            check_fits(encode_request(request), config)
+            check_fits(to_message(encode_request(request)), config)
         except RequestRejected as refusal:
             refused[name] = str(refusal)
         else:
@@ -84,8 +88,31 @@ def test_what_the_client_sends_is_what_the_model_declares(model):
     assert set(carried) == set(OPTION_NAMES) if model == "llm" else "max_tokens" in carried
 
 
+@pytest.mark.parametrize("model", MODELS)
+async def test_both_clients_send_the_same(model):
+    async def answer(request):
+        yield reply("a", "stop")
+
+    options = {}
+    prompt = [1, 2, 3] if model == "engine" else "né"
+    for name, value in VALUES.items():
+        request = GenerationRequest(prompt=prompt, model=model, options={name: value})
+        with contextlib.suppress(RequestRejected):
+            encode_request(request)
+            options[name] = value
+    del options["echo"]  # not with n
+    given = {"model": model, "priority": -1, "cache_salt": "s", "request_id": "r", **options}
+    async with serve(FakeTriton(answer)) as fake:
+        async with AsyncClient(fake.url) as client:
+            await client.generate(prompt, **given)
+        with Client(fake.url) as client:
+            await asyncio.to_thread(client.generate, prompt, **given)
+    assert fake.requests[0] == fake.requests[1]
+    assert fake.requests[0].parameters == {"request_priority": -1, "cache_salt": "s"}
+
+
 def test_the_stop_request_fits_the_engine():
-    check_fits(encode_stop("r"), read_config("engine"))
+    check_fits(to_message(encode_stop("r")), read_config("engine"))
 
 
 def test_the_clients_sampling_options_are_the_engines():

@@ -79,6 +79,29 @@ async def test_a_hundred_streams_at_once_over_one_client_keep_apart():
     assert texts == ["".join(f"r{index}/{number} " for number in range(10)) for index in range(100)]
 
 
+async def test_giving_up_some_of_many_streams_leaves_the_others_alone():
+    async def echo(request):
+        yield reply("a")
+        if int(request.request_id) % 2:
+            await asyncio.Event().wait()
+        yield reply("b", "stop")
+
+    async def read(client, name):
+        async with client.stream("x", request_id=name) as stream:
+            text = (await anext(stream)).text
+            if int(name) % 2:
+                return text
+            return text + "".join([chunk.text async for chunk in stream])
+
+    async with serve(FakeTriton(echo)) as fake, AsyncClient(fake.url) as client:
+        texts = await asyncio.gather(*(read(client, str(index)) for index in range(64)))
+        assert texts == ["ab", "a"] * 32
+        while len(fake.cancelled) < 32:
+            await asyncio.wait_for(seen(fake.was_cancelled), 5)
+            await asyncio.sleep(0.01)
+    assert sorted(fake.cancelled, key=int) == [str(index) for index in range(1, 64, 2)]
+
+
 async def test_two_clients_do_not_disturb_each_other():
     async with serve(FakeTriton(count_up)) as fake:
         first, second = AsyncClient(fake.url), AsyncClient(fake.url)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fakes.triton import ReceivedRequest, legacy_reply, reply, tensor_response
 from wavetrain_client import Chunk, GenerationRequest, Logprob, PerfMetrics, RequestRejected, ServerFailed
 from wavetrain_client.chunk import join_chunks
+from wavetrain_client.protocol import to_message
 from wavetrain_client.tensor import encode_tensor
 from wavetrain_client.wire import decode_response, encode_request, encode_stop
 
@@ -20,7 +21,7 @@ def received(prompt, *, model="llm", timeout_s=None, **kwargs) -> ReceivedReques
     names = {"is_streaming", "priority", "cache_salt", "request_id"}
     known = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
     request = GenerationRequest(prompt=prompt, model=model, options=kwargs, **known)
-    return ReceivedRequest.read(encode_request(request, timeout_s=timeout_s), None)
+    return ReceivedRequest.read(to_message(encode_request(request, timeout_s=timeout_s)), None)
 
 
 def test_llm_sends_one_json_object_and_flags_without_a_batch_dimension():
@@ -122,7 +123,7 @@ def test_nothing_is_sent_for_what_was_not_given():
 
 
 def test_stop_names_the_request_and_carries_the_engine_contracts_required_inputs():
-    got = ReceivedRequest.read(encode_stop("r7"), None)
+    got = ReceivedRequest.read(to_message(encode_stop("r7")), None)
     assert (got.model, got.request_id) == ("engine", "r7")
     assert got.inputs == {"stop": [True], "input_lengths": [0], "request_output_len": [0]}
 
