@@ -14,6 +14,7 @@ from wavetrain_kernels.cpu.library import Library, openmp_runtime
 from wavetrain_kernels.cpu.linear import LinearKernels
 from wavetrain_kernels.cpu.norm import NormKernels
 from wavetrain_kernels.cpu.rotary import RotaryKernels
+from wavetrain_kernels.cpu.sampling import SamplingKernels
 from wavetrain_kernels.errors import BuildError
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -54,7 +55,7 @@ def kernels_of(path: Path) -> KernelSet:
         BuildError: the library cannot be used here.
     """
     library = Library(path)
-    linear, norm = LinearKernels(library), NormKernels(library)
+    linear, norm, sampling = LinearKernels(library), NormKernels(library), SamplingKernels(library)
     return dataclasses.replace(
         REFERENCE,
         name="cpu",
@@ -66,4 +67,9 @@ def kernels_of(path: Path) -> KernelSet:
         linear=linear.linear,
         gated_linear=linear.gated_linear,
         paged_attention=AttentionKernels(library).paged_attention,
+        apply_penalties=sampling.apply_penalties,
+        apply_top_k_top_p_min_p=sampling.apply_top_k_top_p_min_p,
+        sample=sampling.sample,
+        sample_greedy=sampling.sample_greedy,
+        top_logprobs=sampling.top_logprobs,
     )

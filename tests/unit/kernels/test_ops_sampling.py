@@ -16,8 +16,11 @@ from transformers import (
 
 from wavetrain_kernels import ops
 from wavetrain_kernels.errors import DtypeError, ShapeError
+from wavetrain_kernels.reference.kernels import REFERENCE
 
 SIZES = [1, 2, 31, 127, 128, 129, 1000, 5000]
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def random_logits(num_rows: int, vocab_size: int, scale: float = 3.0) -> torch.Tensor:
@@ -147,6 +150,83 @@ def test_the_draw_is_the_documented_one(vocab_size):
     drawn = ops.sample(logits, ints(*seeds), ints(*positions)).tolist()
     rows = zip(logits.tolist(), seeds, positions, strict=True)
     assert drawn == [python_token(row, seed, position) for row, seed, position in rows]
+
+
+# Rows of these are divided between threads, some in the middle.
+LARGE = [(1, 70001), (3, 40000), (130, 1003)]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), LARGE)
+def test_tokens_are_those_of_the_reference(num_rows, vocab_size, scale):
+    logits = random_logits(num_rows, vocab_size, scale)
+    seeds, positions = torch.arange(num_rows) * 7919, torch.arange(num_rows)
+    expected = torch.empty(num_rows, dtype=torch.int64)
+    REFERENCE.sample(expected, logits, seeds, positions)
+    drawn = ops.sample(logits, seeds, positions)
+    assert torch.equal(drawn, expected)
+    for row in (0, num_rows - 1):
+        assert ops.sample(logits[row : row + 1], seeds[row : row + 1], positions[row : row + 1])[0] == drawn[row]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), LARGE)
+def test_kept_tokens_are_those_of_the_reference(num_rows, vocab_size, scale):
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = random_logits(num_rows, vocab_size, scale)
+    top_k = torch.randint(0, vocab_size, (num_rows,), generator=generator)
+    top_p, min_p = torch.rand(2, num_rows, generator=generator) * torch.tensor([[0.98], [0.3]]) + 0.01
+    top_k[::3], min_p[1::3] = 40, 0.0
+    for filters in ((top_k, None, None), (None, top_p, None), (None, None, min_p), (top_k, top_p, min_p)):
+        kept, expected = logits.clone(), logits.clone()
+        ops.apply_top_k_top_p_min_p(kept, top_k=filters[0], top_p=filters[1], min_p=filters[2])
+        REFERENCE.apply_top_k_top_p_min_p(expected, *filters)
+        num_different = (kept.isinf() != expected.isinf()).sum(-1).max()
+        # A sum in another order may decide about the last of many almost equal tokens otherwise.
+        assert num_different <= (0 if filters[1] is None else 3)
+        assert torch.equal(kept[~kept.isinf()], logits[~kept.isinf()])
+
+
+@pytest.mark.parametrize(("num_rows", "vocab_size"), LARGE)
+def test_greedy_finds_the_first_wherever_it_is(num_rows, vocab_size):
+    for column in (0, 17, vocab_size // 2, vocab_size - 1):
+        logits = random_logits(num_rows, vocab_size)
+        for value in (100.0, math.inf, math.nan):
+            logits[:, column] = logits[:, -1] = value
+            token_ids, best = ops.sample_greedy(logits)
+            assert token_ids.tolist() == [column] * num_rows
+            assert torch.equal(best.nan_to_num(), logits[:, column].nan_to_num())
+    strided = random_logits(num_rows, vocab_size + 3)[:, 1:-2]
+    assert torch.equal(ops.sample_greedy(strided)[0], strided.argmax(-1))
+    assert ops.sample_greedy(strided[:0])[0].shape == (0,)
+
+
+@pytest.mark.parametrize("k", [0, 3, 20000])
+def test_the_largest_of_a_long_row(k):
+    logits, token_ids = random_logits(3, 40000), ints(5, 39999, 0)
+    ids, logprobs, ranks = ops.top_logprobs(logits, token_ids, k)
+    expected = logits.log_softmax(-1)
+    torch.testing.assert_close(logprobs, expected.gather(1, ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.gather(1, ids[:, 1:]), logits.sort(-1, descending=True).values[:, :k])
+    assert torch.equal(ranks, (logits > logits.gather(1, token_ids[:, None])).sum(-1) + 1)
+
+
+def test_log_probabilities_of_an_invalid_row_are_nan_of_tokens_of_the_vocabulary():
+    logits = random_logits(4, 300)
+    logits[0, 7], logits[1, 299], logits[2] = math.nan, math.inf, -math.inf
+    ids, logprobs, _ = ops.top_logprobs(logits, ints(1, 2, 3, 4), 5)
+    assert logprobs.isnan().any(-1).tolist() == [True, True, True, False]
+    assert ((ids >= 0) & (ids < 300)).all()
+
+
+def test_masked_tokens_are_the_last_of_the_log_probabilities():
+    logits = torch.full((1, 200), -math.inf)
+    logits[0, 150], logits[0, 20] = 1.0, 2.0
+    ids, logprobs, ranks = ops.top_logprobs(logits, ints(0), 200)
+    assert ids[0, 1:3].tolist() == [20, 150]
+    assert sorted(ids[0, 1:].tolist()) == list(range(200))
+    assert logprobs[0, 3:].isinf().all()
+    assert ranks.tolist() == [3]
 
 
 def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:

@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include "attention.h"
+#include "filters.h"
 #include "linear.h"
 #include "norm.h"
 #include "rotary.h"
+#include "sampling.h"
 
 using namespace wavetrain;
 
@@ -84,6 +86,30 @@ void wavetrain_paged_attention(bf16* out, const bf16* query, const bf16* key_cac
     run_attention({out, query, key_cache, value_cache, query_start_loc, seq_lens, block_tables, query_stride, table_stride,
                    num_rows, num_heads, num_kv_heads, head_dim, block_size, sliding_window, scale, soft_cap},
                   pieces + max_pieces, pieces, parts, max_pieces);
+}
+
+void wavetrain_sample_greedy(int64_t* token_ids, float* best, const float* logits, int64_t stride, int64_t num_rows, int64_t size) {
+    sample_greedy(token_ids, best, logits, stride, num_rows, size);
+}
+
+void wavetrain_sample(int64_t* token_ids, const float* logits, const int64_t* seeds, const int64_t* positions, float* workspace,
+                      int64_t num_rows, int64_t size) {
+    sample({token_ids, logits, seeds, positions, workspace, num_rows, size});
+}
+
+void wavetrain_apply_penalties(float* logits, const int64_t* token_ids, const int32_t* output_counts, const float* repetition,
+                               const float* presence, const float* frequency, float* workspace, int64_t num_rows, int64_t size,
+                               int64_t count) {
+    apply_penalties({logits, token_ids, output_counts, repetition, presence, frequency, workspace, num_rows, size, count});
+}
+
+void wavetrain_apply_filters(float* logits, const int64_t* top_k, const float* top_p, const float* min_p, int64_t num_rows, int64_t size) {
+    apply_filters({logits, top_k, top_p, min_p, num_rows, size});
+}
+
+void wavetrain_top_logprobs(int64_t* ids, float* logprobs, int64_t* ranks, const float* logits, const int64_t* token_ids,
+                            int64_t num_rows, int64_t size, int64_t k, int64_t stride) {
+    top_logprobs({ids, logprobs, ranks, logits, token_ids, num_rows, size, k, stride});
 }
 
 }  // extern "C"

@@ -47,6 +47,8 @@ inline Floats where_less(Floats a, Floats b, Floats x, Floats y) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
 inline bool any_differs(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ) != 0; }
+// Bit i: whether a is at least b in lane i; not where either is NaN.
+inline uint32_t at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 
 inline Floats widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
 inline Floats load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
@@ -63,6 +65,17 @@ inline __m256i narrow(Floats x) {
 #endif
 }
 inline void store(bf16* p, Floats x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
+
+// (even, odd) of each lane as a pair of bf16.
+inline __m512i narrow_pairs(Floats even, Floats odd) {
+#if defined(__AVX512BF16__)
+    alignas(64) static const uint16_t kOrder[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v));
+#else
+    return _mm512_or_si512(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd)), 16), _mm512_cvtepu16_epi32(narrow(even)));
+#endif
+}
 
 // Rows become columns, of 16 x 16 values of 32 bits.
 inline void transpose(__m512i rows[16]) {
@@ -154,6 +167,10 @@ inline bool any_differs(Floats a, Floats b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_NEQ_UQ)) |
            _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_NEQ_UQ));
 }
+inline uint32_t at_least(Floats a, Floats b) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ)) |
+           (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ)) << 8;
+}
 
 inline __m256 widen_half(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 inline Floats load(const bf16* p) {
@@ -210,12 +227,9 @@ inline Floats rounded<bf16>(Floats x) {
 }
 #endif
 
-// 2^x, relative error below 2e-7; 0 below -126; NaN stays NaN.
-inline Floats exp2(Floats x) {
-    x = max(broadcast(-200.0f), min(broadcast(128.0f), x));
-    Floats n = round_to_int(x);
-    Floats f = sub(x, n);
-    // Taylor coefficients ln(2)^k / k!: the seventh term is below 2e-8 on [-1/2, 1/2].
+// 2^(n + f) for integral n and f in [-1/2, 1/2].
+inline Floats exp2_of(Floats n, Floats f) {
+    // Taylor coefficients ln(2)^k / k!: the seventh term is below 2e-8.
     Floats p = broadcast(1.5403530393381609e-4f);
     p = fma(p, f, broadcast(1.3333558146428443e-3f));
     p = fma(p, f, broadcast(9.6181291076284772e-3f));
@@ -223,12 +237,46 @@ inline Floats exp2(Floats x) {
     p = fma(p, f, broadcast(2.4022650695910072e-1f));
     p = fma(p, f, broadcast(6.9314718055994531e-1f));
     p = fma(p, f, broadcast(1.0f));
+    // Too small for a normal number, a result would cost the processor a hundred cycles and more for each vector:
+    // attention over 2,000 keys took eight times as long where masked scores came to that.
+    Floats lowest = broadcast(-126.0f);
+    return where_less(n, lowest, broadcast(0.0f), scale_by_power(p, max(lowest, n)));
+}
+
+// 2^x, relative error below 2e-7; 0 below -126; NaN stays NaN.
+inline Floats exp2(Floats x) {
+    x = max(broadcast(-200.0f), min(broadcast(128.0f), x));
+    Floats n = round_to_int(x);
+    return exp2_of(n, sub(x, n));
+}
+
+// 2^x for x <= 0 (or a little above, by rounding), relative error below 4e-6: for sums whose terms are rounded to bf16.
+inline Floats exp2_down(Floats x) {
+    Floats n = round_to_int(x), f = sub(x, n);
+    // Minimax on [-1/2, 1/2].
+    Floats p = broadcast(9.5828529e-3f);
+    p = fma(p, f, broadcast(5.5906426e-2f));
+    p = fma(p, f, broadcast(2.4024099e-1f));
+    p = fma(p, f, broadcast(6.9312418e-1f));
+    p = fma(p, f, broadcast(1.0f));
+#if defined(__AVX512F__)
+    __mmask16 is_normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return {_mm512_maskz_scalef_ps(is_normal, p.v, n.v)};
+#else
     return scale_by_power(p, n);
+#endif
 }
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-inline Floats exp(Floats x) { return exp2(mul(x, broadcast(kLog2e))); }
+// e^x, relative error below 3e-7; 0 below -87, infinity above 89; NaN stays NaN.
+inline Floats exp(Floats x) {
+    x = max(broadcast(-130.0f), min(broadcast(89.0f), x));
+    Floats n = round_to_int(mul(x, broadcast(kLog2e)));
+    // The product in two parts: its rounding error would be one of the exponent.
+    Floats f = fma(x, broadcast(1.925963e-8f), fma(x, broadcast(kLog2e), sub(broadcast(0.0f), n)));
+    return exp2_of(n, f);
+}
 
 // 1 - 2 / (exp(2x) + 1): exact at both ends, absolute error below 2e-7.
 inline Floats tanh(Floats x) {

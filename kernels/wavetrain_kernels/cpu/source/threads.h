@@ -19,6 +19,6 @@ inline Range share(int64_t count) {
 
 // Whether a kernel that touches this many elements, and little more than touches them, is worth a second thread: below, waking one
 // takes longer than the work.
-inline bool is_worth_threads(int64_t num_elements) { return num_elements >= 16384; }
+inline bool is_worth_threads(int64_t num_elements) { return num_elements >= 65536; }
 
 }  // namespace wavetrain
