@@ -12,6 +12,7 @@ While it loads, its log has lines that `wavetrain serve` draws a progress bar fr
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.ipc.core_socket import CoreSocket
 from wavetrain_engine.ipc.runtime_dir import RuntimeDir
 from wavetrain_engine.plan import Executor
+from wavetrain_engine.worker_import import import_worker
 
 _LOGGER = logging.getLogger(__name__)
 # Weights come in thousands of small steps; a bar needs a few a second.
@@ -90,10 +92,11 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
 
 def _load_worker(config: EngineConfig, progress: Progress) -> tuple[Executor, EngineFacts]:
     bound_waiting_threads()
-    # Imported late: torch takes seconds to import, and clients may say Hello meanwhile.
-    from wavetrain_engine.worker.load import load_executor
-
-    return load_executor(config, environment=Environment.read(), progress=progress)
+    load_executor = import_worker()  # late, as it takes seconds: clients may say Hello meanwhile
+    executor, facts = load_executor(config, environment=Environment.read(), progress=progress)
+    # What is there now stays until the process ends: no collection needs to look at it while requests wait.
+    gc.freeze()
+    return executor, facts
 
 
 def _progress_reporter(socket: CoreSocket) -> Progress:

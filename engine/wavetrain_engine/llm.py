@@ -12,9 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any, cast
 
 from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.errors import RequestError, RequestFailed
@@ -29,6 +27,9 @@ from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.stats import EngineStats
 from wavetrain_engine.text.chat_template import ChatTemplate
 from wavetrain_engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -280,6 +281,9 @@ def _progress_bar(num_requests: int, is_shown: bool) -> Generator[_Bar | None, N
     if not is_shown:
         yield None
         return
+    # Imported here, as it takes longer than all of this package and is seldom wanted.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         yield _Bar(progress, num_requests)
 

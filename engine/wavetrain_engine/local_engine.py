@@ -26,6 +26,7 @@ from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.plan import Executor
 from wavetrain_engine.request import EngineRequest, RequestUpdate
 from wavetrain_engine.stats import EngineStats
+from wavetrain_engine.worker_import import import_worker
 
 _logger = logging.getLogger(__name__)
 
@@ -74,9 +75,7 @@ class LocalEngine:
             ConfigError: a flag does not fit the model or the machine.
             CheckpointError: the checkpoint is missing, broken or not supported.
         """
-        from wavetrain_engine.worker.load import load_executor  # the one import that brings torch in
-
-        return cls(config, partial(load_executor, config, environment=Environment.read()))
+        return cls(config, partial(import_worker(), config, environment=Environment.read()))
 
     @property
     def is_alive(self) -> bool:
