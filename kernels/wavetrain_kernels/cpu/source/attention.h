@@ -65,9 +65,39 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline const bf16* cached(const Attention& op, const bf16* cache, int64_t row, int64_t head, int64_t position) {
-    int64_t block = op.block_tables[row * op.table_stride + position / op.block_size];
-    return cache + ((block * op.num_kv_heads + head) * op.block_size + position % op.block_size) * op.head_dim;
+    // A division takes as long as loading the row it finds.
+    bool is_power = (op.block_size & (op.block_size - 1)) == 0;
+    int64_t index = is_power ? position >> __builtin_ctzll((uint64_t)op.block_size) : position / op.block_size;
+    int64_t block = op.block_tables[row * op.table_stride + index];
+    return cache + ((block * op.num_kv_heads + head) * op.block_size + position - index * op.block_size) * op.head_dim;
 }
+
+// Walks over one head's rows of a cache, position by position.
+class CachedRows {
+  public:
+    CachedRows(const Attention& op, const bf16* cache, const Lanes& lanes, int64_t position)
+        : op_(op), cache_(cache), lanes_(lanes), position_(position), left_(op.block_size - position % op.block_size) {
+        row_ = cached(op, cache, lanes.row, lanes.head, position);
+    }
+    const bf16* row() const { return row_; }
+    // Must not go past the context: its last block is the last one the table has.
+    void advance() {
+        ++position_;
+        if (--left_) {
+            row_ += op_.head_dim;
+        } else {
+            row_ = cached(op_, cache_, lanes_.row, lanes_.head, position_);
+            left_ = op_.block_size;
+        }
+    }
+
+  private:
+    const Attention& op_;
+    const bf16* cache_;
+    const Lanes& lanes_;
+    int64_t position_, left_;
+    const bf16* row_;
+};
 
 inline int64_t token_of(const Attention& op, const Lanes& lanes, int64_t lane) {
     return op.query_start_loc[lanes.row] + (lanes.first_lane + lane) / op.group();
@@ -81,19 +111,35 @@ inline int64_t position_of(const Attention& op, const Lanes& lanes, int64_t lane
     return op.seq_lens[lanes.row] - op.query_start_loc[lanes.row + 1] + token_of(op, lanes, lane);
 }
 
+// One tile of B from `count` dimensions of 16 lanes, from `first` on; the rest of the tile is zero. Null rows are zero.
+inline void load_query_tile(bf16* tile, const bf16* const* rows, int64_t first, int64_t count) {
+    alignas(64) bf16 lanes[kLanes][kDepth] = {};
+    for (int i = 0; i < kLanes; ++i)
+        if (rows[i]) memcpy(lanes[i], rows[i] + first, (size_t)count * sizeof(bf16));
+#if defined(__AVX512F__)
+    __m512i pairs[kLanes];
+    for (int i = 0; i < kLanes; ++i) pairs[i] = _mm512_load_si512(lanes[i]);
+    transpose(pairs);
+    for (int i = 0; i < kLanes; ++i) _mm512_store_si512(tile + i * kTileRow, pairs[i]);
+#else
+    for (int i = 0; i < kLanes; ++i)
+        for (int d = 0; d < kDepth; d += 2) memcpy(tile + d / 2 * kTileRow + i * 2, &lanes[i][d], 2 * sizeof(bf16));
+#endif
+}
+
 // Queries as tiles of B: row r of a tile holds dimensions 2r and 2r + 1 of every lane. Unused lanes are zero.
 inline void load_queries(const Attention& op, const Lanes& lanes, AttentionScratch& scratch) {
     for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) {
-        memset(scratch.queries[tile], 0, (size_t)op.depth_steps() * sizeof scratch.queries[tile][0]);
+        const bf16* rows[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
-            int64_t lane = tile * kLanes + i;
-            bool is_used = lane < lanes.num_lanes;
-            scratch.positions[tile][i] = is_used ? (float)position_of(op, lanes, lane) : -1.0f;
-            if (!is_used) continue;
-            const bf16* from = op.query + token_of(op, lanes, lane) * op.query_stride + head_of(op, lanes, lane) * op.head_dim;
-            bf16* to = &scratch.queries[tile][0][i * 2];
-            for (int64_t d = 0; d < op.head_dim; ++d) to[d / kDepth * kTileElements + d % kDepth / 2 * kTileRow + d % 2] = from[d];
+            int64_t lane = tile * kLanes + i, used = smaller(lane, lanes.num_lanes - 1);
+            // Unused lanes stand where the last one does, so that they never are why a step needs a mask.
+            scratch.positions[tile][i] = (float)position_of(op, lanes, used);
+            rows[i] = op.query + token_of(op, lanes, used) * op.query_stride + head_of(op, lanes, used) * op.head_dim;
+            if (lane > used) rows[i] = nullptr;
         }
+        for (int64_t step = 0; step < op.depth_steps(); ++step)
+            load_query_tile(scratch.queries[tile][step], rows, step * kDepth, smaller(kDepth, op.head_dim - step * kDepth));
     }
 }
 
@@ -147,12 +193,13 @@ inline void load_values(const Attention& op, const Lanes& lanes, int64_t first, 
     alignas(64) bf16 copies[2][kMaxHeadDim];
     if (is_padded) memset(copies, 0, sizeof copies);
     int64_t used = smaller(kKeys, (end - first + kDepth - 1) / kDepth * kDepth);
+    CachedRows cursor(op, op.value_cache, lanes, first);
     for (int64_t key = 0; key < used; key += 2) {
-        const bf16* rows[2];
-        for (int i = 0; i < 2; ++i) {
-            int64_t position = first + key + i;
-            rows[i] = position < end ? cached(op, op.value_cache, lanes.row, lanes.head, position) : nullptr;
-            if (is_padded && rows[i]) rows[i] = (const bf16*)memcpy(copies[i], rows[i], (size_t)op.head_dim * sizeof(bf16));
+        const bf16* rows[2] = {nullptr, nullptr};
+        for (int i = 0; i < 2 && first + key + i < end; ++i) {
+            rows[i] = cursor.row();
+            if (is_padded) rows[i] = (const bf16*)memcpy(copies[i], rows[i], (size_t)op.head_dim * sizeof(bf16));
+            if (first + key + i + 1 < end) cursor.advance();
         }
         bf16(*tiles)[kTileElements] = scratch.values[key / kDepth];
         int64_t at = key % kDepth / 2 * kTileRow;
@@ -161,81 +208,144 @@ inline void load_values(const Attention& op, const Lanes& lanes, int64_t first, 
     }
 }
 
-// scores [128, 16] = keys times the queries of one tile.
+// scores [128, 16] = keys times the queries of one tile; num_keys rounded up to 64.
 inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t tile, int64_t num_keys, AttentionScratch& scratch) {
-    for (int64_t first = 0; first < num_keys; first += kTile) {
-        const bf16* start = keys.start[first / kTile];
 #if WAVETRAIN_AMX
+    constexpr int64_t stride = sizeof scratch.scores[0];
+    for (int64_t i = 0; i * kTile < num_keys; i += 4) {   // four sums at once hide the product's latency
         _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         for (int64_t step = 0; step < op.depth_steps(); ++step) {
-            _tile_loadd(1, start + step * kDepth, keys.row_bytes);
-            _tile_loadd(2, scratch.queries[tile][step], 64);
-            _tile_dpbf16ps(0, 1, 2);
+            _tile_loadd(4, scratch.queries[tile][step], 64);
+            _tile_loadd(5, keys.start[i] + step * kDepth, keys.row_bytes);
+            _tile_dpbf16ps(0, 5, 4);
+            _tile_loadd(6, keys.start[i + 1] + step * kDepth, keys.row_bytes);
+            _tile_dpbf16ps(1, 6, 4);
+            _tile_loadd(7, keys.start[i + 2] + step * kDepth, keys.row_bytes);
+            _tile_dpbf16ps(2, 7, 4);
+            _tile_loadd(5, keys.start[i + 3] + step * kDepth, keys.row_bytes);
+            _tile_dpbf16ps(3, 5, 4);
         }
-        _tile_stored(0, scratch.scores[first], sizeof scratch.scores[0]);
+        float* to = scratch.scores[i * kTile];
+        _tile_stored(0, to, stride);
+        _tile_stored(1, to + kTile * kLanes, stride);
+        _tile_stored(2, to + 2 * kTile * kLanes, stride);
+        _tile_stored(3, to + 3 * kTile * kLanes, stride);
+    }
 #else
-        for (int row = 0; row < kTile; ++row) {
-            const bf16* key = start + row * keys.row_bytes / (int64_t)sizeof(bf16);
-            Floats sums = broadcast(0.0f);
-            for (int64_t d = 0; d < op.padded_dim(); d += 2)
-                sums = multiply_pair(sums, pair_at(key + d), &scratch.queries[tile][d / kDepth][d % kDepth / 2 * kTileRow]);
-            store(scratch.scores[first + row], sums);
-        }
-#endif
-    }
-}
-
-// Scales, caps and masks scores of keys first + [0, num_keys); returns their largest per lane.
-inline Floats mask_scores(const Attention& op, int64_t tile, int64_t first, int64_t num_keys, AttentionScratch& scratch) {
-    // Scores are kept in powers of two: exp(s) = 2^(s log2 e).
-    bool is_capped = op.soft_cap > 0;
-    Floats scale = broadcast(is_capped ? op.scale / op.soft_cap : op.scale * kLog2e), cap = broadcast(op.soft_cap * kLog2e);
-    Floats hidden = broadcast(-__builtin_inff()), largest = hidden;
-    Floats position = load(scratch.positions[tile]);
-    Floats oldest = op.sliding_window ? sub(position, broadcast((float)op.sliding_window - 1.0f)) : broadcast(0.0f);
     for (int64_t i = 0; i < num_keys; ++i) {
-        Floats score = mul(load(scratch.scores[i]), scale);
-        if (is_capped) score = mul(tanh(score), cap);
-        Floats key = broadcast((float)(first + i));
-        score = where_less(position, key, hidden, score);
-        score = where_less(key, oldest, hidden, score);
-        store(scratch.scores[i], score);
-        largest = max(score, largest);
+        const bf16* key = keys.start[i / kTile] + i % kTile * keys.row_bytes / (int64_t)sizeof(bf16);
+        Floats sums = broadcast(0.0f);
+        for (int64_t d = 0; d < op.padded_dim(); d += 2)
+            sums = multiply_pair(sums, pair_at(key + d), &scratch.queries[tile][0][d / 2 * kTileRow]);
+        store(scratch.scores[i], sums);
     }
-    return largest;
+#endif
 }
 
-// weights [16, 128] (tiles of A) = 2^(score - largest), rounded; returns their sums, unrounded, per lane.
-inline Floats exponentiate(Floats largest, int64_t num_keys, AttentionScratch& scratch) {
-    Floats sums = broadcast(0.0f);
+// Caps the scores, where the model does; afterwards they are to be multiplied by score_scale().
+inline void cap_scores(const Attention& op, int64_t num_keys, AttentionScratch& scratch) {
+    if (!(op.soft_cap > 0)) return;
+    Floats scale = broadcast(op.scale / op.soft_cap);
+    for (int64_t i = 0; i < num_keys; ++i) store(scratch.scores[i], tanh(mul(load(scratch.scores[i]), scale)));
+}
+
+// Scores are weighed in powers of two: exp(s) = 2^(s log2 e).
+inline float score_scale(const Attention& op) { return (op.soft_cap > 0 ? op.soft_cap : op.scale) * kLog2e; }
+
+// Sets scores of keys first + [0, num_keys) that a lane must not see to -inf.
+inline void mask_scores(const Attention& op, int64_t tile, int64_t first, int64_t num_keys, AttentionScratch& scratch) {
+    Floats position = load(scratch.positions[tile]), hidden = broadcast(-__builtin_inff());
+    Floats oldest = op.sliding_window ? sub(position, broadcast((float)op.sliding_window - 1.0f)) : hidden;
+    for (int64_t i = 0; i < num_keys; ++i) {
+        Floats key = broadcast((float)(first + i)), score = load(scratch.scores[i]);
+        store(scratch.scores[i], where_less(position, key, hidden, where_less(key, oldest, hidden, score)));
+    }
+}
+
+// Whether every lane of a tile sees every key of first + [0, num_keys).
+inline bool sees_all(const Attention& op, int64_t tile, int64_t first, int64_t num_keys, const AttentionScratch& scratch) {
+    Floats position = load(scratch.positions[tile]);
+    float last = -largest(sub(broadcast(0.0f), position));   // the earliest lane's
+    if (last < (float)(first + num_keys - 1)) return false;
+    return !op.sliding_window || largest(position) - (float)op.sliding_window < (float)first;
+}
+
+inline Floats largest_scores(int64_t num_keys, const AttentionScratch& scratch) {
+    Floats best[4];
+    for (Floats& one : best) one = broadcast(-__builtin_inff());
+    int64_t i = 0;
+    for (; i + 4 <= num_keys; i += 4)
+        for (int j = 0; j < 4; ++j) best[j] = max(load(scratch.scores[i + j]), best[j]);
+    for (; i < num_keys; ++i) best[0] = max(load(scratch.scores[i]), best[0]);
+    return max(max(best[0], best[1]), max(best[2], best[3]));
+}
+
+// weights [16, 128] (tiles of A) = 2^(score * scale - base), rounded; returns their sums, unrounded, per lane.
+inline Floats exponentiate(Floats scale, Floats base, int64_t num_keys, AttentionScratch& scratch) {
+    Floats sums[2] = {broadcast(0.0f), broadcast(0.0f)}, offset = sub(broadcast(0.0f), base);
     int64_t padded = (num_keys + kDepth - 1) / kDepth * kDepth;
+    for (int64_t key = num_keys; key < padded; ++key) store(scratch.scores[key], broadcast(-__builtin_inff()));
 #if defined(__AVX512F__)
     for (int64_t first = 0; first < padded; first += kDepth) {
         __m512i pairs[kLanes];   // [pair of keys][lane]
         for (int i = 0; i < kLanes; ++i) {
-            Floats even = broadcast(0.0f), odd = broadcast(0.0f);
-            int64_t key = first + 2 * i;
-            if (key < num_keys) even = exp2(sub(load(scratch.scores[key]), largest));
-            if (key + 1 < num_keys) odd = exp2(sub(load(scratch.scores[key + 1]), largest));
-            sums = add(sums, even);
-            sums = add(sums, odd);
-            __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd)), 16);
-            pairs[i] = _mm512_or_si512(high, _mm512_cvtepu16_epi32(narrow(even)));
+            Floats even = exp2_down(fma(load(scratch.scores[first + 2 * i]), scale, offset));
+            Floats odd = exp2_down(fma(load(scratch.scores[first + 2 * i + 1]), scale, offset));
+            sums[0] = add(sums[0], even);
+            sums[1] = add(sums[1], odd);
+            pairs[i] = narrow_pairs(even, odd);
         }
         transpose(pairs);
         for (int i = 0; i < kLanes; ++i) _mm512_store_si512(&scratch.weights[i][first], pairs[i]);
     }
 #else
     for (int64_t key = 0; key < padded; ++key) {
-        Floats weight = key < num_keys ? exp2(sub(load(scratch.scores[key]), largest)) : broadcast(0.0f);
-        sums = add(sums, weight);
+        Floats weight = exp2_down(fma(load(scratch.scores[key]), scale, offset));
+        sums[key % 2] = add(sums[key % 2], weight);
         bf16 rounded[kLanes];
         store(rounded, weight);
         for (int i = 0; i < kLanes; ++i) scratch.weights[i][key] = rounded[i];
     }
 #endif
-    return sums;
+    return add(sums[0], sums[1]);
 }
+
+#if WAVETRAIN_AMX
+// value [16, kTiles * 16] += weights times values of dimensions [d, d + kTiles * 16).
+template <int kTiles>
+inline void multiply_value_tiles(float* value, int64_t d, int64_t steps, const AttentionScratch& scratch) {
+    constexpr int64_t stride = kMaxHeadDim * sizeof(float);
+    _tile_loadd(0, value, stride);
+    _tile_loadd(1, value + kTile, stride);
+    if (kTiles == 4) {
+        _tile_loadd(2, value + 2 * kTile, stride);
+        _tile_loadd(3, value + 3 * kTile, stride);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        const bf16(*tiles)[kTileElements] = scratch.values[step] + d / kTile;
+        _tile_loadd(4, &scratch.weights[0][step * kDepth], sizeof scratch.weights[0]);
+        _tile_loadd(5, tiles[0], 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, tiles[1], 64);
+        _tile_dpbf16ps(1, 4, 6);
+        if (kTiles == 4) {
+            _tile_loadd(7, tiles[2], 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_loadd(5, tiles[3], 64);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    _tile_stored(0, value, stride);
+    _tile_stored(1, value + kTile, stride);
+    if (kTiles == 4) {
+        _tile_stored(2, value + 2 * kTile, stride);
+        _tile_stored(3, value + 3 * kTile, stride);
+    }
+}
+#endif
 
 // sums.value = sums.value * factor + weights times values, for the lanes of one tile.
 inline void multiply_values(const Attention& op, int64_t tile, int64_t lanes, int64_t num_keys, Floats factor, AttentionScratch& scratch) {
@@ -249,19 +359,9 @@ inline void multiply_values(const Attention& op, int64_t tile, int64_t lanes, in
     }
     int64_t steps = (num_keys + kDepth - 1) / kDepth;
 #if WAVETRAIN_AMX
-    for (int64_t d = 0; d < op.padded_dim(); d += 2 * kTile) {
-        _tile_loadd(0, value[0] + d, sizeof value[0]);
-        _tile_loadd(1, value[0] + d + kTile, sizeof value[0]);
-        for (int64_t step = 0; step < steps; ++step) {
-            _tile_loadd(2, &scratch.weights[0][step * kDepth], sizeof scratch.weights[0]);
-            _tile_loadd(3, scratch.values[step][d / kTile], 64);
-            _tile_loadd(4, scratch.values[step][d / kTile + 1], 64);
-            _tile_dpbf16ps(0, 2, 3);
-            _tile_dpbf16ps(1, 2, 4);
-        }
-        _tile_stored(0, value[0] + d, sizeof value[0]);
-        _tile_stored(1, value[0] + d + kTile, sizeof value[0]);
-    }
+    int64_t d = 0;
+    for (; d + 4 * kTile <= op.padded_dim(); d += 4 * kTile) multiply_value_tiles<4>(value[0] + d, d, steps, scratch);
+    if (d < op.padded_dim()) multiply_value_tiles<2>(value[0] + d, d, steps, scratch);
 #else
     for (int64_t lane = 0; lane < lanes; ++lane)
         for (int64_t d = 0; d < op.padded_dim(); d += kTile) {
@@ -295,8 +395,9 @@ inline void prefetch(const Attention& op, const Lanes& lanes, int64_t first, int
         const char* keys = (const char*)cached(op, op.key_cache, lanes.row, lanes.head, position);
         const char* values = (const char*)cached(op, op.value_cache, lanes.row, lanes.head, position);
         for (int64_t line = 0; line < bytes; line += 64) {
-            _mm_prefetch(keys + line, _MM_HINT_T1);
-            _mm_prefetch(values + line, _MM_HINT_T1);
+            // Not __builtin_prefetch: GCC takes a function of nothing else for one without effect, and drops its calls.
+            asm volatile("prefetcht1 %0" ::"m"(keys[line]));
+            asm volatile("prefetcht1 %0" ::"m"(values[line]));
         }
     }
 }
@@ -312,10 +413,12 @@ inline void sum_partition(const Attention& op, const Lanes& lanes, int64_t first
         for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) {
             Sums& sums = scratch.part[tile];
             multiply_keys(op, keys, tile, num_keys, scratch);
-            Floats before = load(sums.largest);
-            Floats largest = max(mask_scores(op, tile, start, num_keys, scratch), before);
+            cap_scores(op, num_keys, scratch);
+            if (!sees_all(op, tile, start, num_keys, scratch)) mask_scores(op, tile, start, num_keys, scratch);
+            Floats scale = broadcast(score_scale(op)), before = load(sums.largest);
+            Floats largest = max(mul(largest_scores(num_keys, scratch), scale), before);
             Floats base = finite(largest), factor = rescale(before, base);
-            Floats weight = exponentiate(base, num_keys, scratch);
+            Floats weight = exponentiate(scale, base, num_keys, scratch);
             store(sums.largest, largest);
             store(sums.weight, fma(load(sums.weight), factor, weight));
             multiply_values(op, tile, smaller(kLanes, lanes.num_lanes - tile * kLanes), num_keys, factor, scratch);
