@@ -95,6 +95,13 @@ class SchedulerSection:
         low=1,
         high=_MAX_INT32,
     )
+    step_timeout_s: float = _option(
+        300.0,
+        "seconds that a step of a served engine may take; then its core counts as hung, is killed and started anew; "
+        "0: any time",
+        low=0,
+        high=1e6,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 """An engine core process without torch: the real socket, scheduler and loop over the fake executor.
 
 Run as a script by CoreClient in the tests of IPC. What it does at load is the `model` of its engine.toml:
-`echo` works, `broken` is a bad checkpoint, `crash` dies.
+`echo` works, `slow` does so after a while, `broken` is a bad checkpoint, `crash` dies.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ COMMAND = (sys.executable, __file__)
 VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 4096
 _STEP_S = 0.002
+_SLOW_LOAD_S = 2.0
 
 
 class SlowExecutor(FakeExecutor):
@@ -44,6 +45,8 @@ def load(config: EngineConfig, progress: Progress) -> tuple[SlowExecutor, Engine
         raise CheckpointError("the checkpoint has no weights")
     if kind == "crash":
         os._exit(3)
+    if kind == "slow":
+        time.sleep(_SLOW_LOAD_S)
     progress("weights", 2, 2)
     facts = EngineFacts(
         architecture="Fake",

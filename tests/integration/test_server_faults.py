@@ -23,12 +23,15 @@ from wavetrain_engine.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.server
 
+# Far above what a step of the demo model takes, on a busy machine too.
+_STEP_TIMEOUT_S = 5.0
 _LONG = {"text_input": "import os\n", "max_tokens": 1500, "end_id": -1, "stream": True}
 
 
 @pytest.fixture
 def own_server(served_model: Path, tmp_path: Path) -> Iterator[RunningServer]:
-    repository = make_repository(tmp_path / "repository", served_model, num_blocks=1024, max_num_seqs=64)
+    flags = {"num_blocks": 1024, "max_num_seqs": 64, "step_timeout_s": _STEP_TIMEOUT_S}
+    repository = make_repository(tmp_path / "repository", served_model, **flags)
     with start_server(repository, tmp_path) as server:
         yield server
 
@@ -47,9 +50,32 @@ async def test_killed_core_ends_streams_and_comes_back(own_server: RunningServer
         for index, stream in enumerate(streams):
             prefix = "" if index % 2 else "in ensemble 'ensemble', "
             assert stream.errors == [f"{prefix}dead: the engine core died; send the request again"]
+    await check_that_it_is_back(own_server, core_pid, killed_s)
+
+
+async def test_core_that_hangs_is_ended_and_comes_back(own_server: RunningServer) -> None:
+    core_pid = own_server.runtime_dir.running_core()
+    assert core_pid is not None
+    async with grpc_aio.InferenceServerClient(own_server.grpc_url) as client:
+        calls = [await open_stream(client, "llm" if index % 2 else "ensemble", _LONG) for index in range(4)]
+        streams = await asyncio.gather(*(read(call, Stream(), at_most=2) for call in calls))
+        os.kill(core_pid, signal.SIGSTOP)
+        await asyncio.wait_for(
+            asyncio.gather(*(read(call, stream) for call, stream in zip(calls, streams, strict=True))),
+            4 * _STEP_TIMEOUT_S,
+        )
+        for stream in streams:
+            (error,) = stream.errors
+            # One of the models is the first to notice; for the others the core then has died.
+            assert "dead: the engine core did not finish a step" in error or "dead: the engine core died" in error
+    await check_that_it_is_back(own_server, core_pid, time.monotonic())
+
+
+async def check_that_it_is_back(own_server: RunningServer, core_pid: int, since_s: float) -> None:
+    """The server has lived on, and answers with a new core within 15 s."""
     assert own_server.process.poll() is None
     while True:
-        assert time.monotonic() - killed_s < 15
+        assert time.monotonic() - since_s < 15
         stream = await generate(own_server.grpc_url, "llm", _LONG | {"max_tokens": 4})
         if not stream.errors:
             break

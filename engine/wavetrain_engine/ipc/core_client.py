@@ -7,6 +7,7 @@ One I/O thread owns the socket. Callers of other threads leave frames in an outb
     2. a request is only ever sent to the core that was alive when it was submitted: each core has a socket of
        its own, so nothing waits in a queue for its successor
     3. a core that crashed is started again, later and later the sooner it crashes; one that cannot load is not
+    4. a loaded core that does not finish a step in time counts as crashed: its requests end, it is killed
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from wavetrain_engine.command import Add, Cancel
 from wavetrain_engine.errors import CheckpointError, EngineDead, ErrorCode, WavetrainError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.ipc.core_launcher import CoreLauncher
+from wavetrain_engine.ipc.core_watchdog import CoreWatchdog
 from wavetrain_engine.ipc.frames import (
     ClientFrame,
     CoreFrame,
@@ -55,8 +57,11 @@ _STABLE_AFTER_S = 60.0
 _MAX_CRASHES_WHILE_LOADING = 3
 _POLL_INTERVAL_MS = 500
 _CLOSE_TIMEOUT_S = 10.0
+# Of a question that only wants to be answered.
+_NO_TICKET = 0
 
 _DIED = "the engine core died; send the request again"
+_HUNG = "the engine core did not finish a step in time and is ended; send the request again"
 _RESTARTING = "the engine core is restarting; try again"
 _LOST = "the engine core cannot be loaded again; the server has to be restarted, its log says why"
 
@@ -69,10 +74,22 @@ class CoreClient:
     """
 
     def __init__(
-        self, engine_config: Path, runtime_dir: RuntimeDir, server_pid: int, command: Sequence[str] = ()
+        self,
+        engine_config: Path,
+        runtime_dir: RuntimeDir,
+        server_pid: int,
+        command: Sequence[str] = (),
+        *,
+        step_timeout_s: float = 0.0,
     ) -> None:
-        """Prepares, starts nothing. `command` replaces the core process's command line, for tests."""
+        """Prepares, starts nothing.
+
+        Args:
+            command: replaces the core process's command line, for tests.
+            step_timeout_s: how long a step may take before the core counts as hung; 0: any time.
+        """
         self._runtime_dir = runtime_dir
+        self._step_timeout_s = step_timeout_s
         self._launcher = CoreLauncher(engine_config, runtime_dir, server_pid, command)
         self._lock = threading.Lock()
         self._pending: dict[str, Sink] = {}
@@ -214,12 +231,15 @@ class CoreClient:
         descriptor = watch.fileno()
         if descriptor is not None:
             poller.register(descriptor, zmq.POLLIN)
+        watchdog = CoreWatchdog(self._step_timeout_s)
         try:
             dealer.send(encode(Hello(pid=os.getpid())))
             while not self._is_closing:
                 ready = dict(poller.poll(_POLL_INTERVAL_MS))
                 if dealer in ready:
                     self._receive(dealer)
+                    watchdog.hear()
+                self._look_after(dealer, watch, watchdog)
                 if self._wakeup in ready:
                     os.eventfd_read(self._wakeup)
                     self._flush_outbox(dealer)
@@ -231,6 +251,19 @@ class CoreClient:
         finally:
             watch.close()
             dealer.close(linger=500)
+
+    def _look_after(self, dealer: zmq.Socket[bytes], watch: ProcessWatch, watchdog: CoreWatchdog) -> None:
+        """Ends a loaded core that hangs; that it has died is then seen as of any other."""
+        watchdog.tick()
+        if not self._is_ready:  # it loads, which may take long, or its end is near
+            watchdog.hear()
+        elif watchdog.take_question():
+            dealer.send(encode(GetStats(ticket=_NO_TICKET)))
+        elif watchdog.is_hung:
+            _LOGGER.error("the engine core did not finish a step within %g s; it is killed", watchdog.limit_s)
+            self._end_pending(ErrorCode.DEAD, _HUNG)
+            if watch.is_alive():
+                self._launcher.kill_core(watch.pid)
 
     def _flush_outbox(self, dealer: zmq.Socket[bytes]) -> None:
         while self._outbox:
@@ -272,28 +305,34 @@ class CoreClient:
 
     def _after_core(self, lived_s: float) -> None:
         """Ends what was pending with the core that is gone, and waits before the next one."""
-        was_ready = self._is_ready
-        with self._lock:
-            self._is_ready, self._core_pid = False, None
-            self._outbox.clear()
-            pending, self._pending = self._pending, {}
-            tickets, self._tickets = self._tickets, {}
-        for future in tickets.values():
-            future.set_exception(EngineDead(_DIED))
-        code, message = (
-            (ErrorCode.CANCELLED, "the server is shutting down") if self._is_closing else (ErrorCode.DEAD, _DIED)
-        )
-        reason = FinishReason.CANCELLED if self._is_closing else FinishReason.ERROR
-        for request_id, sink in pending.items():
-            sink(RequestUpdate(request_id=request_id, finish_reason=reason, error_code=code, error=message))
+        was_ready = self._core_pid is not None
+        if self._is_closing:
+            num_pending = self._end_pending(ErrorCode.CANCELLED, "the server is shutting down")
+        else:
+            num_pending = self._end_pending(ErrorCode.DEAD, _DIED)
+        self._core_pid = None
         if self._is_closing or self._load_error is not None:
             return
         self._num_crashes = 1 if was_ready and lived_s > _STABLE_AFTER_S else self._num_crashes + 1
-        _LOGGER.error("the engine core died with %d requests running", len(pending))
+        _LOGGER.error("the engine core died with %d requests running", num_pending)
         if self._facts is None and self._num_crashes >= _MAX_CRASHES_WHILE_LOADING:
             self._give_up(EngineDead("the engine core crashed while it loaded; its log says why"))
             return
         self._wait_before_restart()
+
+    def _end_pending(self, code: ErrorCode, message: str) -> int:
+        """Takes no more requests and ends those there are; returns how many there were."""
+        with self._lock:
+            self._is_ready = False
+            self._outbox.clear()
+            pending, self._pending = self._pending, {}
+            tickets, self._tickets = self._tickets, {}
+        for future in tickets.values():
+            future.set_exception(EngineDead(message))
+        reason = FinishReason.CANCELLED if code is ErrorCode.CANCELLED else FinishReason.ERROR
+        for request_id, sink in pending.items():
+            sink(RequestUpdate(request_id=request_id, finish_reason=reason, error_code=code, error=message))
+        return len(pending)
 
     def _wait_before_restart(self) -> None:
         # The first restart is immediate: a lone crash should cost no more than the load.

@@ -52,6 +52,10 @@ class CoreLauncher:
             threading.Thread(target=_reap, args=(child,), name="core-reaper", daemon=True).start()
             return child.pid
 
+    def kill_core(self, pid: int) -> None:
+        """Kills a core's whole process group, at once."""
+        _kill_group(pid)
+
     def end_core(self, timeout_s: float) -> None:
         """Waits for the core, which nobody needs any more, to end by itself; kills its process group after that."""
         pid = self._runtime_dir.running_core()

@@ -27,7 +27,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class GetStats(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Ask for the engine's counters; the answer bears the same ticket."""
+    """Ask for the engine's counters; the answer bears the same ticket and comes between two steps."""
 
     ticket: int
 

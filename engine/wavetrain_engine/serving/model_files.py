@@ -66,4 +66,10 @@ class ModelFiles:
         """
         server_pid = os.getppid()  # a stub is a child of the server
         runtime_dir = RuntimeDir.of_server(self.engine_config_path, server_pid)
-        return CoreClient(self.engine_config_path, runtime_dir, server_pid, core_command)
+        return CoreClient(
+            self.engine_config_path,
+            runtime_dir,
+            server_pid,
+            core_command,
+            step_timeout_s=self.config.scheduler.step_timeout_s,
+        )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from wavetrain_engine.errors import CheckpointError, EngineDead, ErrorCode
 from wavetrain_engine.ipc.core_client import CoreClient
 from wavetrain_engine.ipc.core_stats import main as print_stats
 from wavetrain_engine.ipc.core_stats import read_stats
+from wavetrain_engine.ipc.core_watchdog import CoreWatchdog
 from wavetrain_engine.ipc.drain_client import DrainClient
 from wavetrain_engine.ipc.process_watch import start_ticks
 from wavetrain_engine.ipc.runtime_dir import RuntimeDir
@@ -43,11 +45,11 @@ def connect(base: Path, tmp_path: Path) -> Iterator[Connect]:
     """Makes clients of one core; the tests' process is their server too."""
     clients: list[CoreClient] = []
 
-    def make(model: str = "echo", server_pid: int | None = None) -> CoreClient:
+    def make(model: str = "echo", server_pid: int | None = None, **options: Any) -> CoreClient:
         config = tmp_path / f"{model}.toml"
         config.write_text(f'[model]\nmodel = "{model}"\n', encoding="utf-8")
         pid = server_pid or os.getpid()
-        client = CoreClient(config, RuntimeDir.of_server(config, pid, base / "wavetrain"), pid, COMMAND)
+        client = CoreClient(config, RuntimeDir.of_server(config, pid, base / "wavetrain"), pid, COMMAND, **options)
         clients.append(client)
         return client
 
@@ -153,6 +155,92 @@ def test_killed_core_ends_requests_at_once_and_is_restarted(connect: Connect) ->
     client.submit(request("again"), updates.put)
     assert len(collect(updates)[0]) == 8
     assert updates.empty()
+
+
+@pytest.mark.parametrize("is_busy", [True, False], ids=["busy", "idle"])
+def test_core_that_hangs_is_killed_and_restarted(connect: Connect, is_busy: bool) -> None:
+    watched, other = connect(step_timeout_s=0.5), connect()
+    watched.start()
+    other.start()
+    running: Queue[RequestUpdate] = Queue()
+    updates: Queue[RequestUpdate] = Queue()
+    core_pid = watched.core_pid
+    assert core_pid is not None
+    if is_busy:
+        for index, client in enumerate((watched, other)):
+            client.submit(request(f"r{index}", 4000), running.put)
+            running.get(timeout=10)
+    os.kill(core_pid, signal.SIGSTOP)
+    if is_busy:
+        errors = {update.request_id: update for update in (collect(running)[1], collect(running)[1])}
+        assert all(update.error_code is ErrorCode.DEAD for update in errors.values())
+        assert (
+            errors["r0"].error == "the engine core did not finish a step in time and is ended; send the request again"
+        )
+    for client in (watched, other):
+        wait_for(lambda client=client: client.is_alive and client.core_pid != core_pid)
+    assert start_ticks(core_pid) is None
+    watched.submit(request("again"), updates.put)
+    assert len(collect(updates)[0]) == 8
+
+
+def test_core_that_loads_for_long_does_not_hang(connect: Connect) -> None:
+    client = connect("slow", step_timeout_s=0.3)
+    client.start()
+    core_pid = client.core_pid
+    assert client._num_crashes == 0
+    updates: Queue[RequestUpdate] = Queue()
+    client.submit(request("r", 1000), updates.put)  # longer than a step may take, in many steps
+    assert len(collect(updates)[0]) == 1000
+    assert client.core_pid == core_pid
+
+
+class TestWatchdog:
+    class Clock:
+        now_s = 0.0
+
+        def __call__(self) -> float:
+            return self.now_s
+
+    def watch(self, limit_s: float) -> tuple[CoreWatchdog, Callable[[float], None]]:
+        clock = self.Clock()
+        watchdog = CoreWatchdog(limit_s, clock)
+
+        def let_pass(time_s: float) -> None:
+            for _ in range(round(time_s / 0.5)):
+                clock.now_s += 0.5
+                watchdog.tick()
+
+        return watchdog, let_pass
+
+    def test_asks_once_and_waits_for_the_limit(self) -> None:
+        watchdog, let_pass = self.watch(60.0)
+        let_pass(4.5)
+        assert not watchdog.take_question()
+        let_pass(0.5)
+        assert [watchdog.take_question(), watchdog.take_question()] == [True, False]
+        let_pass(60.0)
+        assert not watchdog.is_hung
+        let_pass(0.5)
+        assert watchdog.is_hung
+        watchdog.hear()
+        assert not watchdog.is_hung
+        let_pass(5.0)
+        assert watchdog.take_question()
+
+    def test_time_in_which_nobody_watched_does_not_count(self) -> None:
+        watchdog, let_pass = self.watch(60.0)
+        let_pass(5.0)
+        assert watchdog.take_question()
+        watchdog._last_tick_s -= 1000.0
+        watchdog.tick()
+        assert not watchdog.is_hung
+
+    def test_without_a_limit_nothing_is_asked(self) -> None:
+        watchdog, let_pass = self.watch(0.0)
+        let_pass(1000.0)
+        assert not watchdog.take_question()
+        assert not watchdog.is_hung
 
 
 def test_submit_while_there_is_no_core_is_refused_at_once(connect: Connect) -> None:
