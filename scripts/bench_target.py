@@ -69,7 +69,7 @@ def target(args: argparse.Namespace) -> Iterator[Target]:
 @contextmanager
 def started_target(model_dir: str | None, serve_flags: Sequence[str]) -> Iterator[Target]:
     """Yields a server on free ports, started here and stopped with the block; the demo model's without `model_dir`."""
-    ports = _free_ports(3)
+    ports = free_ports(3)
     command = [str(Path(sys.executable).with_name("wavetrain")), "serve"]
     command += [model_dir] if model_dir is not None else []
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
@@ -106,7 +106,8 @@ def _wait_until_ready(server: subprocess.Popen[str], log: Path) -> None:
     raise SystemExit(f"the server ended before it was ready:\n{tail}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Returns ports that nobody listens on at this moment."""
     holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [holder.getsockname()[1] for holder in holders]
     for holder in holders:
