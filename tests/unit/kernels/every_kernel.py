@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every function of a compiled library over odd sizes: `python every_kernel.py LIBRARY`. For sanitizers to watch.
+
+Each tensor has memory of its own, of exactly its size, so that a read or write past one is outside of all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wavetrain_kernels import ops
+from wavetrain_kernels.cpu.kernels import kernels_of
+from wavetrain_kernels.ops import dispatch
+
+_SIZES = (1, 2, 15, 16, 17, 33, 64, 130)
+
+
+def main() -> None:
+    """Runs them all; a sanitizer ends the process where one is wrong."""
+    dispatch._CHOSEN["cpu"] = kernels_of(Path(sys.argv[1]))
+    with torch.inference_mode():
+        for dtype in (torch.bfloat16, torch.float32):
+            run_norms(dtype)
+            run_rotations(dtype)
+        run_sampling()
+        run_linears()
+        run_attention()
+
+
+def run_norms(dtype: torch.dtype) -> None:
+    """Rows of all lengths, alone and many, together and apart."""
+    for num_rows, size in itertools.product((0, 1, 7, 700), _SIZES):
+        x, residual, weight = (torch.randn(shape).to(dtype) for shape in ((num_rows, size), (num_rows, size), (size,)))
+        ops.rms_norm(x, weight, 1e-5)
+        ops.add_rms_norm(x, residual, weight, 1e-5, weight_offset=1.0)
+        ops.rms_norm(torch.randn(num_rows, 3, size).to(dtype)[:, 1:], weight, 1e-5)
+
+
+def run_rotations(dtype: torch.dtype) -> None:
+    """Heads of all sizes, whole and in part rotated, into full and empty slots."""
+    for num_tokens, head_dim, table_dtype in itertools.product((0, 1, 8), (2, 16, 34, 64), (dtype, torch.float32)):
+        query, key, value = (torch.randn(num_tokens, heads, head_dim).to(dtype) for heads in (4, 2, 2))
+        caches = [torch.zeros(3, 2, 4, head_dim).to(dtype) for _ in range(2)]
+        slots = torch.arange(num_tokens) + 4
+        slots[1::3] = -1
+        for half in (0, head_dim // 2, head_dim // 4):
+            table = torch.randn(11, 2, half).to(table_dtype)
+            ops.rotate_and_cache(query, key, value, torch.full((num_tokens,), 10), table, *caches, slots)
+
+
+def run_linears() -> None:
+    """Weights of all sizes, with and without gates and bias."""
+    sizes = itertools.product((0, 1, 5, 16, 33, 70), (2, 16, 34, 100), (1, 31, 32, 70))
+    for num_rows, num_outputs, num_inputs in sizes:
+        x, weight, bias = (
+            torch.randn(shape).bfloat16() for shape in ((num_rows, num_inputs), (num_outputs, num_inputs), num_outputs)
+        )
+        packed = ops.pack_weight(weight)
+        for dtype in (torch.bfloat16, torch.float32):
+            ops.linear(x, packed, dtype=dtype)
+            ops.linear(x, packed, bias, dtype=dtype)
+        assert torch.equal(ops.unpack_rows(packed, torch.arange(num_outputs)), weight)
+        gated = ops.pack_weight(weight, is_gated=True)
+        ops.gated_linear(x, gated, "silu")
+        ops.gated_linear(x, gated, "gelu_tanh", bias)
+
+
+def run_attention() -> None:
+    """Decodes and chunks, with and without windows and caps, whose blocks are the cache's last."""
+    block_size = 16
+    rows = [(1, 1), (1, 17), (5, 5), (1, 300), (40, 100), (3, 16)]
+    num_blocks = sum(-(-seq_len // block_size) for _, seq_len in rows)
+    width = max(-(-seq_len // block_size) for _, seq_len in rows)
+    free = list(range(num_blocks))
+    tables = [[free.pop() for _ in range(-(-seq_len // block_size))] for _, seq_len in rows]
+    tables = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+    query_lens = [query_len for query_len, _ in rows]
+    metadata_of = lambda: ops.AttentionMetadata.build(  # noqa: E731
+        query_lens, [seq_len for _, seq_len in rows], tables, torch.full((sum(query_lens),), -1)
+    )
+    for heads, kv_heads, head_dim in ((1, 1, 8), (6, 2, 64), (4, 4, 80), (12, 1, 128), (2, 1, 256), (3, 1, 18)):
+        query = torch.randn(sum(query_lens), heads, head_dim).bfloat16()
+        caches = [torch.randn(num_blocks, kv_heads, block_size, head_dim).bfloat16() for _ in range(2)]
+        for window, cap in itertools.product((None, 1, 20), (None, 5.0)):
+            ops.paged_attention(query, *caches, metadata_of(), scale=0.1, sliding_window=window, soft_cap=cap)
+
+
+def run_sampling() -> None:
+    """Vocabularies of all sizes, also divided between threads; rows that cannot be sampled from."""
+    for num_rows, size in itertools.product((0, 1, 3, 90), (*_SIZES, 127, 128, 1003, 5000)):
+        logits = torch.randn(num_rows, size) * 3
+        seeds, positions, token_ids = torch.arange(3 * num_rows).view(3, num_rows).clone().unbind()
+        token_ids = torch.full_like(token_ids, size - 1)
+        _sample(logits, seeds.clone(), positions.clone(), token_ids)
+        for value in (float("nan"), float("inf"), float("-inf")):
+            logits[:1] = value
+            _sample(logits, seeds.clone(), positions.clone(), token_ids)
+
+
+def _sample(logits: Tensor, seeds: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+    num_rows, size = logits.shape
+    ops.sample_greedy(logits)
+    ops.sample(logits, seeds, positions)
+    for k in {0, 1, min(5, size), size}:
+        ops.top_logprobs(logits, token_ids, k)
+    one = torch.ones(num_rows)
+    seen, counts = torch.full((num_rows, 9), size - 1), torch.ones(num_rows, 9, dtype=torch.int32)
+    ops.apply_penalties(logits.clone(), seen, counts, one * 1.5, one * 0.5, one * 0.25)
+    for k in (1, 3, size - 1):
+        top_k = torch.full((num_rows,), k)
+        ops.apply_top_k_top_p_min_p(logits.clone(), top_k=top_k, top_p=one * 0.7, min_p=one * 0.01)
+    ops.apply_top_k_top_p_min_p(logits.clone(), top_p=one * 0.999)
+
+
+if __name__ == "__main__":
+    main()
