@@ -8,12 +8,14 @@ own functions where it has them and with the reference where it has not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.program import Program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,8 @@ class KernelSet:
     """One implementation of every operation. Argument lists are positional; outputs come first.
 
     Attributes:
+        empty: (shape, dtype, device) -> an uninitialised tensor, where results go
+        new_program: (capacity) -> an empty Program; None: this set records nothing
         rms_norm: (out, x, weight, eps, weight_offset)
         add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
         rotate_and_cache: (query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping)
@@ -30,13 +34,15 @@ class KernelSet:
         sample: (out, logits, seeds, positions)
         sample_greedy: (token_ids_out, best_out, logits)
         top_logprobs: (ids_out, logprobs_out, ranks_out, logits, token_ids)
-        pack_weight: (weight, is_gated) -> the data of a PackedWeight; the one that returns
-        unpack_rows: (out, packed, rows)
+        pack_weight: (weight, is_gated) -> the data of a PackedWeight
+        embedding: (out, table, token_ids, scale, is_packed)
         linear: (out, x, packed, bias)
         gated_linear: (out, x, packed, bias, activation)
     """
 
     name: str
+    empty: Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
+    new_program: Callable[[int], Program] | None = None
     rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], None]
     rotate_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -44,7 +50,7 @@ class KernelSet:
         [Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None
     ]
     pack_weight: Callable[[Tensor, bool], Tensor]
-    unpack_rows: Callable[[Tensor, Tensor, Tensor], None]
+    embedding: Callable[[Tensor, Tensor, Tensor, float, bool], None]
     linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
     gated_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str], None]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]

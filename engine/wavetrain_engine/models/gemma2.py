@@ -64,15 +64,17 @@ class Gemma2(Model):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
         super().__init__(config, dtype, device, max_model_len)
         rotary = RotaryEmbedding(config.head_dim, config.rope, max_model_len, dtype=dtype)
-        # Rounded to the model's dtype as in training: in bfloat16, sqrt(3072) is 55.5.
-        self.embedding_scale = torch.tensor(config.hidden_size**0.5).to(dtype).item()
         self.layers = nn.ModuleList(Gemma2Layer(config, i, rotary, dtype) for i in range(config.num_layers))
         self.norm = _norm(config, dtype)
+
+    def embedding_scale(self) -> float:
+        # Rounded to the model's dtype as in training: in bfloat16, sqrt(3072) is 55.5.
+        return torch.tensor(self.config.hidden_size**0.5).to(self.dtype).item()
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
     ) -> Tensor:
-        x, residual = self.embed_tokens(input_ids) * self.embedding_scale, None
+        x, residual = self.embed_tokens(input_ids), None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, positions, kv_cache, metadata)
         return self.norm.add(x, residual)[0]

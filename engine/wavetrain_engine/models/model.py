@@ -27,12 +27,13 @@ class Model(nn.Module):
         self.max_model_len = max_model_len
         self.device = device
         vocab_size, hidden_size, is_tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
-        self.embed_tokens: Embedding | TiedEmbedding = (
-            TiedEmbedding(vocab_size, hidden_size, dtype=dtype)
-            if is_tied
-            else Embedding(vocab_size, hidden_size, dtype=dtype)
-        )
+        embedding_class = TiedEmbedding if is_tied else Embedding
+        self.embed_tokens = embedding_class(vocab_size, hidden_size, scale=self.embedding_scale(), dtype=dtype)
         self.lm_head = None if is_tied else OutputHead(hidden_size, vocab_size, dtype=dtype)
+
+    def embedding_scale(self) -> float:
+        """Returns what embeddings are multiplied by; Gemma has a factor here."""
+        return 1.0
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """Returns what the KV cache of this model is made of."""

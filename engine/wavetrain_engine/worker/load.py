@@ -28,6 +28,7 @@ from wavetrain_engine.worker.input_batch import InputBatch
 from wavetrain_engine.worker.kv_cache import allocate_kv_caches
 from wavetrain_engine.worker.memory import num_kv_blocks
 from wavetrain_engine.worker.model_runner import ModelRunner
+from wavetrain_engine.worker.step_program import record_step
 from wavetrain_kernels.errors import UnsupportedDevice
 from wavetrain_kernels.ops import choose_kernels
 
@@ -83,13 +84,21 @@ def load_executor(
         load_s=time.monotonic() - started,
         version=VERSION,
     )
+    kv_caches = allocate_kv_caches(model.kv_cache_spec(), num_blocks, config.cache.block_size, device)
     runner = ModelRunner(
         model=model,
-        kv_caches=allocate_kv_caches(model.kv_cache_spec(), num_blocks, config.cache.block_size, device),
+        kv_caches=kv_caches,
         batch=_input_batch(config, max_model_len),
         state=SamplingState(model_config.vocab_size, device),
         eos_token_ids=generation.eos_token_ids,
         device=device,
+        program=record_step(
+            model,
+            kv_caches,
+            capacity=config.scheduler.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            device=device,
+        ),
     )
     _log_facts(facts)
     return LocalExecutor(runner, is_async=config.scheduler.async_scheduling), facts

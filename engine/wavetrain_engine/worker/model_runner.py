@@ -21,6 +21,7 @@ from wavetrain_engine.sampling.logprobs import prompt_logprobs
 from wavetrain_engine.sampling.sampler import SampledTokens, Sampler
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.worker.input_batch import InputBatch, StepInputs
+from wavetrain_engine.worker.step_program import StepProgram
 from wavetrain_kernels.ops import AttentionMetadata
 
 # Prompt log-probabilities need logits at every prompt position; this many rows of V floats at a time.
@@ -44,6 +45,7 @@ class ModelRunner:
 
     Args:
         eos_token_ids: masked by the sampler until a request has its min_tokens.
+        program: the model recorded; None: it is run layer by layer.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class ModelRunner:
         state: SamplingState,
         eos_token_ids: list[int],
         device: torch.device,
+        program: StepProgram | None = None,
     ) -> None:
         self._model = model
+        self._program = program
         self._kv_caches = kv_caches
         self._batch = batch
         self._state = state
@@ -78,9 +82,15 @@ class ModelRunner:
             return StepResult(sampled_token_ids=[])
         inputs = self._batch.inputs(plan.scheduled)
         tensors = self._step_tensors(inputs)
-        hidden = self._model.forward(tensors.token_ids, tensors.positions, self._kv_caches, tensors.metadata)
+        hidden = self._forward(tensors)
         prompt = self._prompt_logprobs(plan.scheduled, inputs, hidden)
         return self._sample(plan.scheduled, inputs, hidden, prompt)
+
+    def _forward(self, tensors: _StepTensors) -> Tensor:
+        token_ids, positions, metadata = tensors.token_ids, tensors.positions, tensors.metadata
+        if self._program is not None and token_ids.shape[0] <= self._program.capacity:
+            return self._program.run(token_ids, positions, metadata)
+        return self._model.forward(token_ids, positions, self._kv_caches, metadata)
 
     def _apply(self, plan: StepPlan) -> None:
         for request_id in plan.removed:

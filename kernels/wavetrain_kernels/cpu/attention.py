@@ -12,7 +12,7 @@ from wavetrain_kernels.reference import attention as reference
 
 # Sizes and limits of source/attention.h.
 _MAX_HEAD_DIM = 256
-_UNIT_BYTES, _SUMS_BYTES = 56, 64 + 64 + 16 * _MAX_HEAD_DIM * 4
+_PLAN_BYTES, _UNIT_BYTES, _SUMS_BYTES = 64, 56, 64 + 64 + 16 * _MAX_HEAD_DIM * 4
 _LANES_PER_UNIT, _UNITS_PER_THREAD, _PARTITION = 64, 4, 1024
 
 
@@ -55,7 +55,7 @@ class AttentionKernels:
             metadata.query_start_loc.data_ptr(),
             metadata.seq_lens.data_ptr(),
             tables.data_ptr(),
-            self._library.scratch(num_pieces * (_SUMS_BYTES + _UNIT_BYTES) + num_units * _UNIT_BYTES),
+            self._library.scratch(_PLAN_BYTES + num_pieces * (_SUMS_BYTES + _UNIT_BYTES) + num_units * _UNIT_BYTES),
             query.stride(0),
             tables.stride(0),
             metadata.num_requests,
@@ -64,6 +64,7 @@ class AttentionKernels:
             head_dim,
             block_size,
             sliding_window or 0,
+            num_tokens,
             num_pieces,
             scale,
             soft_cap or 0.0,

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 
 from wavetrain_kernels.cpu.attention import AttentionKernels
 from wavetrain_kernels.cpu.build import build, find_compiler
+from wavetrain_kernels.cpu.embedding import EmbeddingKernels
 from wavetrain_kernels.cpu.instruction_set import InstructionSet, available_levels
 from wavetrain_kernels.cpu.library import Library, openmp_runtime
 from wavetrain_kernels.cpu.linear import LinearKernels
 from wavetrain_kernels.cpu.norm import NormKernels
+from wavetrain_kernels.cpu.program import CpuProgram
 from wavetrain_kernels.cpu.rotary import RotaryKernels
 from wavetrain_kernels.cpu.sampling import SamplingKernels
 from wavetrain_kernels.errors import BuildError
@@ -59,11 +62,13 @@ def kernels_of(path: Path) -> KernelSet:
     return dataclasses.replace(
         REFERENCE,
         name="cpu",
+        empty=library.empty,
+        new_program=partial(CpuProgram, library),
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         rotate_and_cache=RotaryKernels(library).rotate_and_cache,
         pack_weight=linear.pack_weight,
-        unpack_rows=linear.unpack_rows,
+        embedding=EmbeddingKernels(library).embedding,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
         paged_attention=AttentionKernels(library).paged_attention,

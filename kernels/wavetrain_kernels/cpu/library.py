@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,12 +19,17 @@ _INT64 = ctypes.c_int64
 _INT = ctypes.c_int
 _FLOAT = ctypes.c_float
 
-# Argument types of every function of source/kernels.cpp, in its order; none returns a value but `enable`.
+# Argument types of every function of source/kernels.cpp, in its order.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "program_new": (_INT64,),
+    "program_free": (_POINTER,),
+    "program_record": (_POINTER,),
+    "program_is_sound": (_POINTER,),
+    "program_run": (*[_POINTER] * 2,),
     "pack_weight": (*[_POINTER] * 2, *[_INT64] * 3, _INT),
-    "unpack_rows": (*[_POINTER] * 3, *[_INT64] * 2),
+    "embedding": (*[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT, _INT),
-    "paged_attention": (*[_POINTER] * 8, *[_INT64] * 9, _FLOAT, _FLOAT),
+    "paged_attention": (*[_POINTER] * 8, *[_INT64] * 10, _FLOAT, _FLOAT),
     "rms_norm": (*[_POINTER] * 5, *[_INT64] * 5, _FLOAT, _FLOAT, _INT),
     "rotate_and_cache": (
         _POINTER,
@@ -38,6 +45,29 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "apply_filters": (*[_POINTER] * 4, *[_INT64] * 2),
     "top_logprobs": (*[_POINTER] * 5, *[_INT64] * 4),
 }
+
+
+# What they return, where it is something.
+_RESULTS: dict[str, Any] = {"program_new": _POINTER, "program_is_sound": _INT}
+
+
+class Recorder(Protocol):
+    """What takes the place of a thread's memory while its calls are recorded."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Returns an uninitialised tensor for a result."""
+        ...
+
+    def scratch(self, num_bytes: int) -> None:
+        """Is told that a call needs this much scratch memory, which it gets when it is run."""
+        ...
+
+
+class _ThreadState(threading.local):
+    """Of each thread that calls: its scratch memory, and who records it, if somebody does."""
+
+    memory: torch.Tensor | None = None
+    recorder: Recorder | None = None
 
 
 class Library:
@@ -56,22 +86,39 @@ class Library:
             raise BuildError("the operating system does not grant the matrix registers that this CPU has")
         for name, types in _SIGNATURES.items():
             function = getattr(functions, f"wavetrain_{name}")
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, _RESULTS.get(name)
             setattr(self, name, function)
-        self._scratch = threading.local()
+        self._thread = _ThreadState()
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the CPU kernels have no function {name!r}")
 
-    def scratch(self, num_bytes: int) -> int:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Returns an uninitialised tensor for a result."""
+        recorder = self._thread.recorder
+        return torch.empty(shape, dtype=dtype, device=device) if recorder is None else recorder.empty(shape, dtype)
+
+    def scratch(self, num_bytes: int) -> int | None:
         """Returns the address of memory for one call. It belongs to the calling thread until its next call."""
-        memory: torch.Tensor | None = getattr(self._scratch, "memory", None)
-        if memory is None or memory.shape[0] < num_bytes:
+        state = self._thread
+        if state.recorder is not None:
+            state.recorder.scratch(num_bytes)
+            return None
+        if state.memory is None or state.memory.shape[0] < num_bytes:
             # Grows by half more than asked for, so that a slowly growing context does not allocate at each step.
-            memory = torch.empty(num_bytes + num_bytes // 2, dtype=torch.uint8)
-            self._scratch.memory = memory
-            self._scratch.address = memory.data_ptr()
-        return self._scratch.address
+            state.memory = torch.empty(num_bytes + num_bytes // 2, dtype=torch.uint8)
+        return state.memory.data_ptr()
+
+    @contextmanager
+    def recorded_by(self, recorder: Recorder, program: int) -> Generator[None]:
+        """Within it this thread's calls are recorded in the program, and not run."""
+        self._thread.recorder = recorder
+        self.program_record(program)
+        try:
+            yield
+        finally:
+            self.program_record(None)
+            self._thread.recorder = None
 
 
 def openmp_runtime(maps: Path = Path("/proc/self/maps")) -> Path:

@@ -34,14 +34,6 @@ class LinearKernels:
         )
         return packed
 
-    def unpack_rows(self, out: Tensor, packed: Tensor, rows: Tensor) -> None:
-        """out [N, K] = rows of the weight that was packed, without gates."""
-        if out.dtype != torch.bfloat16:
-            reference.unpack_rows(out, packed, rows)
-            return
-        rows = rows.contiguous()
-        self._library.unpack_rows(out.data_ptr(), packed.data_ptr(), rows.data_ptr(), rows.shape[0], out.shape[1])
-
     def linear(self, out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
         """out [M, N] = x [M, K] times the packed weight transposed, plus bias [N]; out is bfloat16 or float32."""
         if x.dtype != torch.bfloat16:

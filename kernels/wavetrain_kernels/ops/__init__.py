@@ -6,8 +6,9 @@ block_id * block_size + offset.
 """
 
 from wavetrain_kernels.ops.attention import AttentionMetadata, paged_attention
-from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set
-from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight, unpack_rows
+from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set, new_program
+from wavetrain_kernels.ops.embedding import embedding
+from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotate_and_cache
 from wavetrain_kernels.ops.sampling import (
@@ -18,19 +19,23 @@ from wavetrain_kernels.ops.sampling import (
     top_logprobs,
 )
 from wavetrain_kernels.packed_weight import PackedWeight
+from wavetrain_kernels.program import Program
 
 __all__ = [
     "AttentionMetadata",
     "GatedActivation",
     "PackedWeight",
+    "Program",
     "add_rms_norm",
     "apply_penalties",
     "apply_top_k_top_p_min_p",
     "choose_kernels",
+    "embedding",
     "gated_linear",
     "implementation",
     "kernel_set",
     "linear",
+    "new_program",
     "pack_weight",
     "paged_attention",
     "rms_norm",
@@ -38,5 +43,4 @@ __all__ = [
     "sample",
     "sample_greedy",
     "top_logprobs",
-    "unpack_rows",
 ]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
@@ -57,8 +56,7 @@ def paged_attention(
         raise ShapeError(f"sliding_window must be at least 1, got {sliding_window}")
     if soft_cap is not None and soft_cap <= 0:
         raise ShapeError(f"soft_cap must be positive, got {soft_cap}")
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    implementation(query.device).paged_attention(
-        out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap
-    )
+    kernels = implementation(query.device)
+    out = kernels.empty(query.shape, query.dtype, query.device)
+    kernels.paged_attention(out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
     return out

@@ -16,6 +16,7 @@ import torch
 from wavetrain_kernels.cpu.kernels import load_cpu_kernels
 from wavetrain_kernels.errors import UnsupportedDevice
 from wavetrain_kernels.kernel_set import KernelSet
+from wavetrain_kernels.program import Program
 from wavetrain_kernels.reference.kernels import REFERENCE
 
 _LOG = logging.getLogger(__name__)
@@ -81,3 +82,13 @@ def kernel_set(device: torch.device) -> str:
         UnsupportedDevice: none can.
     """
     return implementation(device).name
+
+
+def new_program(device: torch.device, capacity: int) -> Program | None:
+    """Returns an empty program for steps of up to `capacity` tokens; None where the set that answers has none.
+
+    Raises:
+        UnsupportedDevice: no set can serve the device.
+    """
+    maker = implementation(device).new_program
+    return None if maker is None else maker(capacity)

@@ -40,22 +40,6 @@ def pack_weight(weight: Tensor, *, is_gated: bool = False) -> PackedWeight:
     )
 
 
-def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
-    """Returns [N, in], the given rows [N] (int64, each below `out`: not checked) of the weight as it was.
-
-    Raises:
-        ShapeError: rows is not [N], or the weight is gated.
-        DtypeError: rows is not int64.
-    """
-    if rows.dim() != 1 or weight.is_gated:
-        raise ShapeError(f"rows must be [N] of a weight without gates, got {list(rows.shape)}")
-    if rows.dtype != torch.int64:
-        raise DtypeError(f"rows must be int64, got {rows.dtype}")
-    out = torch.empty((rows.shape[0], weight.in_features), dtype=weight.dtype, device=rows.device)
-    implementation(rows.device).unpack_rows(out, weight.data, rows)
-    return out
-
-
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """Returns x [T, in] times weight [out, in] transposed, plus bias [out].
 
@@ -74,8 +58,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, dtype
     _check(x, weight, bias)
     if dtype not in (None, x.dtype, torch.float32):
         raise DtypeError(f"the result must be of x's dtype {x.dtype} or float32, not {dtype}")
-    out = torch.empty((x.shape[0], weight.out_features), dtype=dtype or x.dtype, device=x.device)
-    implementation(x.device).linear(out, x, weight.data, bias)
+    kernels = implementation(x.device)
+    out = kernels.empty((x.shape[0], weight.out_features), dtype or x.dtype, x.device)
+    kernels.linear(out, x, weight.data, bias)
     return out
 
 
@@ -92,8 +77,9 @@ def gated_linear(x: Tensor, weight: PackedWeight, activation: GatedActivation, b
     if not weight.is_gated:
         raise ShapeError("gated_linear needs a weight packed with is_gated")
     _check(x, weight, bias)
-    out = torch.empty((x.shape[0], weight.out_features // 2), dtype=x.dtype, device=x.device)
-    implementation(x.device).gated_linear(out, x, weight.data, bias, activation)
+    kernels = implementation(x.device)
+    out = kernels.empty((x.shape[0], weight.out_features // 2), x.dtype, x.device)
+    kernels.gated_linear(out, x, weight.data, bias, activation)
     return out
 
 

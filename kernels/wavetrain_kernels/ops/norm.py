@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from wavetrain_kernels.errors import DtypeError, ShapeError
@@ -23,8 +22,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
         DtypeError: x is not floating point, or weight has another dtype.
     """
     _check(x, weight)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    implementation(x.device).rms_norm(out, x, weight, eps, weight_offset)
+    kernels = implementation(x.device)
+    out = kernels.empty(x.shape, x.dtype, x.device)
+    kernels.rms_norm(out, x, weight, eps, weight_offset)
     return out
 
 
@@ -42,9 +42,10 @@ def add_rms_norm(
         raise ShapeError(f"x and residual must have one shape, got {list(x.shape)} and {list(residual.shape)}")
     if residual.dtype != x.dtype:
         raise DtypeError(f"x and residual must have one dtype, got {x.dtype} and {residual.dtype}")
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    implementation(x.device).add_rms_norm(out, residual_out, x, residual, weight, eps, weight_offset)
+    kernels = implementation(x.device)
+    out = kernels.empty(x.shape, x.dtype, x.device)
+    residual_out = kernels.empty(x.shape, x.dtype, x.device)
+    kernels.add_rms_norm(out, residual_out, x, residual, weight, eps, weight_offset)
     return out, residual_out
 
 

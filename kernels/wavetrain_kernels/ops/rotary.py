@@ -50,8 +50,9 @@ def rotate_and_cache(
         raise ShapeError(f"slot_mapping must be [T] = [{query.shape[0]}], got {list(slot_mapping.shape)}")
     if slot_mapping.dtype != torch.int64:
         raise DtypeError(f"slot_mapping must be int64, got {slot_mapping.dtype}")
-    query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    implementation(query.device).rotate_and_cache(
+    kernels = implementation(query.device)
+    query_out = kernels.empty(query.shape, query.dtype, query.device)
+    kernels.rotate_and_cache(
         query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping
     )
     return query_out

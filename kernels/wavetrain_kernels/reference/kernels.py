@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.attention import paged_attention
+from wavetrain_kernels.reference.embedding import embedding
 from wavetrain_kernels.reference.gumbel import sample
-from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight, unpack_rows
+from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.rotary import rotate_and_cache
 from wavetrain_kernels.reference.sampling import (
@@ -16,14 +22,20 @@ from wavetrain_kernels.reference.sampling import (
     top_logprobs,
 )
 
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 REFERENCE = KernelSet(
     name="reference",
+    empty=_empty,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotate_and_cache=rotate_and_cache,
     paged_attention=paged_attention,
     pack_weight=pack_weight,
-    unpack_rows=unpack_rows,
+    embedding=embedding,
     linear=linear,
     gated_linear=gated_linear,
     apply_penalties=apply_penalties,

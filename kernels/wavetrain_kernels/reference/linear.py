@@ -13,11 +13,6 @@ def pack_weight(weight: Tensor, _is_gated: bool) -> Tensor:
     return weight
 
 
-def unpack_rows(out: Tensor, packed: Tensor, rows: Tensor) -> None:
-    """out [N, in] = rows of the weight."""
-    torch.index_select(packed, 0, rows, out=out)
-
-
 def linear(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
     """out [T, N] = x @ weight.T + bias."""
     out.copy_(F.linear(x, packed, bias))

@@ -10,6 +10,7 @@
 // the cache and the softmax runs down the lanes.
 #pragma once
 
+#include "program.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -30,8 +31,18 @@ struct Attention {
     const int32_t* block_tables;      // [B, table_stride]
     int64_t query_stride, table_stride, num_rows, num_heads, num_kv_heads, head_dim, block_size;
     int64_t sliding_window;   // 0: none
+    int64_t count;            // tokens
+    int64_t max_pieces;       // room in the workspace for partitions computed apart
+    char* workspace;          // see Plan
     float scale, soft_cap;    // soft_cap 0: none
 
+    void bind(const Step& step, int64_t) {
+        query_start_loc = step.query_start_loc, seq_lens = step.seq_lens, block_tables = step.block_tables;
+        table_stride = step.table_stride, num_rows = step.num_rows, count = step.num_tokens;
+        workspace = step.workspace;
+    }
+    int64_t num_tokens() const { return count; }
+    bool is_large() const { return true; }
     int64_t group() const { return num_heads / num_kv_heads; }
     int64_t depth_steps() const { return (head_dim + kDepth - 1) / kDepth; }
     int64_t padded_dim() const { return depth_steps() * kDepth; }
@@ -510,24 +521,6 @@ inline int64_t list_units(const Attention& op, Unit* units) {
     return count;
 }
 
-// Cuts units of one tile into partitions where there are too few to go round; returns how many there are then.
-inline int64_t split_units(const Attention& op, const Unit* units, int64_t count, Unit* pieces, Sums* parts, int64_t max_pieces) {
-    int64_t num_pieces = 0;
-    (void)op;
-    for (int64_t i = 0; i < count; ++i) {
-        const Unit& unit = units[i];
-        if (unit.lanes.num_tiles() > 1) return 0;
-        for (int64_t begin = unit.begin; begin < unit.end;) {
-            if (num_pieces == max_pieces) return 0;
-            int64_t end = smaller(unit.end, (begin / kPartition + 1) * kPartition);
-            pieces[num_pieces] = {unit.lanes, begin, end, parts + num_pieces};
-            begin = end;
-            ++num_pieces;
-        }
-    }
-    return num_pieces == count ? 0 : num_pieces;
-}
-
 // Puts the partitions of a unit, consecutive in `pieces`, together in their order.
 inline void finish_unit(const Attention& op, const Unit& unit, const Unit* piece) {
     Sums total;
@@ -536,26 +529,54 @@ inline void finish_unit(const Attention& op, const Unit& unit, const Unit* piece
     write_out(op, unit.lanes, 0, total);
 }
 
-// units: room for all lanes' units; pieces, parts: room for max_pieces.
-inline void run_attention(const Attention& op, Unit* units, Unit* pieces, Sums* parts, int64_t max_pieces) {
-    constexpr int64_t kUnitsPerThread = 4;
-    int64_t count = list_units(op, units);
-    bool is_scarce = count < kUnitsPerThread * omp_get_max_threads();
-    int64_t num_pieces = is_scarce ? split_units(op, units, count, pieces, parts, max_pieces) : 0;
-#pragma omp parallel
-    {
-        TileScope tiles;
-        AttentionScratch scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < (num_pieces ? num_pieces : count); ++i) run_unit(op, num_pieces ? pieces[i] : units[i], scratch);
-        if (num_pieces) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; ++i) {
-                const Unit* piece = pieces;
-                while (piece->lanes.row != units[i].lanes.row || piece->lanes.head != units[i].lanes.head) ++piece;
-                finish_unit(op, units[i], piece);
-            }
+// How the work of one call is cut up, at the start of its workspace; the arrays follow.
+struct alignas(64) Plan {
+    int64_t num_units, num_pieces;   // no pieces: every unit is done whole
+    Sums* parts;                     // [max_pieces]
+    Unit *pieces, *units;            // [max_pieces], one for every 64 lanes of a row and key-value head
+};
+
+// Cuts units of one tile into partitions where there are too few to go round; returns how many there are then, or 0.
+inline int64_t split_units(const Plan& plan, int64_t max_pieces) {
+    int64_t num_pieces = 0;
+    for (int64_t i = 0; i < plan.num_units; ++i) {
+        const Unit& unit = plan.units[i];
+        if (unit.lanes.num_tiles() > 1) return 0;
+        for (int64_t begin = unit.begin; begin < unit.end;) {
+            if (num_pieces == max_pieces) return 0;
+            int64_t end = smaller(unit.end, (begin / kPartition + 1) * kPartition);
+            plan.pieces[num_pieces] = {unit.lanes, begin, end, plan.parts + num_pieces};
+            begin = end;
+            ++num_pieces;
         }
+    }
+    return num_pieces == plan.num_units ? 0 : num_pieces;
+}
+
+inline void make_plan(const Attention& op, Plan& plan) {
+    constexpr int64_t kUnitsPerThread = 4;
+    plan.parts = (Sums*)(op.workspace + sizeof(Plan));
+    plan.pieces = (Unit*)(plan.parts + op.max_pieces);
+    plan.units = plan.pieces + op.max_pieces;
+    plan.num_units = list_units(op, plan.units);
+    bool is_scarce = plan.num_units < kUnitsPerThread * omp_get_num_threads();
+    plan.num_pieces = is_scarce ? split_units(plan, op.max_pieces) : 0;
+}
+
+inline void run(const Attention& op) {
+    Plan& plan = *(Plan*)op.workspace;
+#pragma omp single
+    make_plan(op, plan);
+    AttentionScratch scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < (plan.num_pieces ? plan.num_pieces : plan.num_units); ++i)
+        run_unit(op, plan.num_pieces ? plan.pieces[i] : plan.units[i], scratch);
+    if (!plan.num_pieces) return;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < plan.num_units; ++i) {
+        const Unit *unit = plan.units + i, *piece = plan.pieces;
+        while (piece->lanes.row != unit->lanes.row || piece->lanes.head != unit->lanes.head) ++piece;
+        finish_unit(op, *unit, piece);
     }
 }
 

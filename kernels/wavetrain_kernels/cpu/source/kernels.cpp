@@ -7,6 +7,7 @@
 #include "filters.h"
 #include "linear.h"
 #include "norm.h"
+#include "program.h"
 #include "rotary.h"
 #include "sampling.h"
 
@@ -24,17 +25,29 @@ int wavetrain_enable(void) {
 #endif
 }
 
+void* wavetrain_program_new(int64_t capacity) { return new Program(capacity); }
+
+void wavetrain_program_free(void* program) { delete (Program*)program; }
+
+// From here on this thread's calls are recorded in the program and not run; null: they are run again.
+void wavetrain_program_record(void* program) { recording() = (Program*)program; }
+
+int wavetrain_program_is_sound(const void* program) { return ((const Program*)program)->is_sound(); }
+
+void wavetrain_program_run(const void* program, const Step* step) { ((const Program*)program)->replay(*step); }
+
 void wavetrain_pack_weight(bf16* packed, const bf16* weight, int64_t stride, int64_t n, int64_t k, int is_gated) {
     pack_weight(packed, weight, stride, n, k, is_gated);
 }
 
-void wavetrain_unpack_rows(bf16* out, const bf16* packed, const int64_t* rows, int64_t num_rows, int64_t k) {
-    unpack_rows(out, packed, rows, num_rows, k);
+void wavetrain_embedding(bf16* out, const bf16* table, const int64_t* rows, int64_t num_rows, int64_t k, float scale,
+                         int is_packed) {
+    submit(Embedding{out, table, rows, num_rows, k, scale, is_packed != 0});
 }
 
 void wavetrain_linear(void* out, const bf16* x, const bf16* packed, const bf16* bias, bf16* workspace, int64_t out_stride,
                       int64_t x_stride, int64_t m, int64_t k, int64_t n, int activation, int is_float_out) {
-    run_linear({out, x, packed, bias, workspace, out_stride, x_stride, m, k, n, (Activation)activation, is_float_out != 0});
+    submit(Linear{out, x, packed, bias, workspace, out_stride, x_stride, m, k, n, (Activation)activation, is_float_out != 0});
 }
 
 void wavetrain_rms_norm(void* out, void* residual_out, const void* x, const void* residual, const void* weight, int64_t outer,
@@ -42,8 +55,8 @@ void wavetrain_rms_norm(void* out, void* residual_out, const void* x, const void
                         int is_bf16) {
     auto run = [&](auto kind) {
         using T = decltype(kind);
-        run_norm<T>({(T*)out, (T*)residual_out, (const T*)x, (const T*)residual, (const T*)weight, outer, inner, outer_stride,
-                     inner_stride, size, eps, weight_offset});
+        submit(Norm<T>{(T*)out, (T*)residual_out, (const T*)x, (const T*)residual, (const T*)weight, outer, inner, outer_stride,
+                       inner_stride, size, eps, weight_offset});
     };
     if (is_bf16) run(bf16());
     else run(float());
@@ -57,7 +70,7 @@ void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stri
     auto run = [&](auto element, auto entry) {
         using T = decltype(element);
         using C = decltype(entry);
-        rotate_and_cache<T, C>({(T*)out,
+        submit(Rotation<T, C>{(T*)out,
                                 {(const T*)query, query_stride, query_head_stride, query_heads},
                                 {(const T*)key, key_stride, key_head_stride, key_heads},
                                 {(const T*)value, value_stride, value_head_stride, key_heads},
@@ -78,14 +91,12 @@ void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stri
 
 void wavetrain_paged_attention(bf16* out, const bf16* query, const bf16* key_cache, const bf16* value_cache,
                                const int32_t* query_start_loc, const int32_t* seq_lens, const int32_t* block_tables,
-                               void* workspace, int64_t query_stride, int64_t table_stride, int64_t num_rows, int64_t num_heads,
+                               char* workspace, int64_t query_stride, int64_t table_stride, int64_t num_rows, int64_t num_heads,
                                int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t sliding_window,
-                               int64_t max_pieces, float scale, float soft_cap) {
-    Sums* parts = (Sums*)workspace;
-    Unit* pieces = (Unit*)(parts + max_pieces);
-    run_attention({out, query, key_cache, value_cache, query_start_loc, seq_lens, block_tables, query_stride, table_stride,
-                   num_rows, num_heads, num_kv_heads, head_dim, block_size, sliding_window, scale, soft_cap},
-                  pieces + max_pieces, pieces, parts, max_pieces);
+                               int64_t num_tokens, int64_t max_pieces, float scale, float soft_cap) {
+    submit(Attention{out, query, key_cache, value_cache, query_start_loc, seq_lens, block_tables, query_stride, table_stride,
+                     num_rows, num_heads, num_kv_heads, head_dim, block_size, sliding_window, num_tokens, max_pieces, workspace,
+                     scale, soft_cap});
 }
 
 void wavetrain_sample_greedy(int64_t* token_ids, float* best, const float* logits, int64_t stride, int64_t num_rows, int64_t size) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "memory.h"
+#include "program.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -49,18 +50,38 @@ inline void pack_weight(bf16* packed, const bf16* weight, int64_t stride, int64_
     }
 }
 
-// out [num_rows, k] = rows of a weight that was packed without gates.
-inline void unpack_rows(bf16* out, const bf16* packed, const int64_t* rows, int64_t num_rows, int64_t k) {
-    int64_t steps = ceil_div(k, kDepth);
-#pragma omp parallel
-    {
-        Range range = share(num_rows);
-        for (int64_t i = range.begin; i < range.end; ++i) {
-            int64_t panel = rows[i] / kPanel, half = rows[i] % kPanel / kTile, column = rows[i] % kTile;
-            const bf16* from = packed + (panel * steps * 2 + half) * kTileElements + column * 2;
-            for (int64_t at = 0; at < k; ++at)
-                out[i * k + at] = from[at / kDepth * 2 * kTileElements + at % kDepth / 2 * kPanel + at % 2];
+// Rows of a table [n, k], plain or packed without gates, times a scale.
+struct Embedding {
+    bf16* out;             // [num_rows, k]
+    const bf16* table;
+    const int64_t* rows;   // [num_rows]
+    int64_t num_rows, k;
+    float scale;
+    bool is_packed;
+
+    void bind(const Step& step, int64_t) { rows = step.token_ids, num_rows = step.num_tokens; }
+    int64_t num_tokens() const { return num_rows; }
+    bool is_large() const { return is_worth_threads(num_rows * k); }
+};
+
+inline void run(const Embedding& op) {
+    int64_t steps = ceil_div(op.k, kDepth);
+    Floats scale = broadcast(op.scale);
+    Range range = share(op.num_rows);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+        bf16* out = op.out + i * op.k;
+        if (op.is_packed) {
+            int64_t panel = op.rows[i] / kPanel, half = op.rows[i] % kPanel / kTile, column = op.rows[i] % kTile;
+            const bf16* from = op.table + (panel * steps * 2 + half) * kTileElements + column * 2;
+            for (int64_t at = 0; at < op.k; ++at)
+                out[at] = from[at / kDepth * 2 * kTileElements + at % kDepth / 2 * kPanel + at % 2];
+        } else {
+            memcpy(out, op.table + op.rows[i] * op.k, (size_t)op.k * sizeof(bf16));
         }
+        if (op.scale == 1.0f) continue;
+        int64_t at = 0;
+        for (; at + kLanes <= op.k; at += kLanes) store(out + at, mul(load(out + at), scale));
+        if (at < op.k) store(out + at, mul(load(out + at, (int)(op.k - at)), scale), (int)(op.k - at));
     }
 }
 
@@ -152,6 +173,9 @@ struct Linear {
     bool is_float_out;
 
     bool is_gated() const { return activation != Activation::kNone; }
+    void bind(const Step& step, int64_t) { m = step.num_tokens, workspace = (bf16*)step.workspace; }
+    int64_t num_tokens() const { return m; }
+    bool is_large() const { return true; }
 };
 
 inline Floats bias_at(const Linear& op, int64_t first_row) {
@@ -199,28 +223,24 @@ inline int64_t rows_at_once(int64_t k) {
     return rows < 2 * kPanel ? 2 * kPanel : rows;
 }
 
-inline void run_linear(const Linear& op) {
+inline void run(const Linear& op) {
     int64_t steps = ceil_div(op.k, kDepth), panels = num_panels(op.n, op.is_gated());
     int64_t chunk = rows_at_once(op.k), chunks = ceil_div(op.m, chunk);
-#pragma omp parallel
-    {
-        TileScope tiles;
-        Range rows = share(op.m);
-        pack_rows(op.workspace, op.x, op.x_stride, rows.begin, rows.end, op.k);
+    Range rows = share(op.m);
+    pack_rows(op.workspace, op.x, op.x_stride, rows.begin, rows.end, op.k);
 #pragma omp barrier
-        alignas(64) float c[2 * kTile * kPanel];
-        Range units = share(chunks * panels);
-        for (int64_t unit = units.begin; unit < units.end; ++unit) {
-            int64_t panel = unit % panels, begin = unit / panels * chunk;
-            int64_t end = begin + chunk < op.m ? begin + chunk : op.m;
-            const bf16* b = op.packed + panel * steps * 2 * kTileElements;
-            for (int64_t row = begin; row < end; row += 2 * kTile) {
-                const bf16* a = op.workspace + row / kTile * steps * kTileElements;
-                int64_t count = end - row < 2 * kTile ? end - row : 2 * kTile;
-                if (count > kTile) multiply_panel<2>(c, a, b, steps, count);
-                else multiply_panel<1>(c, a, b, steps, count);
-                finish_panel(op, c, row, count, panel);
-            }
+    alignas(64) float c[2 * kTile * kPanel];
+    Range units = share(chunks * panels);
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+        int64_t panel = unit % panels, begin = unit / panels * chunk;
+        int64_t end = begin + chunk < op.m ? begin + chunk : op.m;
+        const bf16* b = op.packed + panel * steps * 2 * kTileElements;
+        for (int64_t row = begin; row < end; row += 2 * kTile) {
+            const bf16* a = op.workspace + row / kTile * steps * kTileElements;
+            int64_t count = end - row < 2 * kTile ? end - row : 2 * kTile;
+            if (count > kTile) multiply_panel<2>(c, a, b, steps, count);
+            else multiply_panel<1>(c, a, b, steps, count);
+            finish_panel(op, c, row, count, panel);
         }
     }
 }

@@ -7,6 +7,7 @@
 
 #include <math.h>
 
+#include "program.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -21,6 +22,10 @@ struct Norm {
     const T* weight;     // [size]
     int64_t outer, inner, outer_stride, inner_stride, size;
     float eps, weight_offset;
+
+    void bind(const Step& step, int64_t) { outer = step.num_tokens; }
+    int64_t num_tokens() const { return outer; }
+    bool is_large() const { return is_worth_threads(outer * inner * size); }
 };
 
 // The sum of squares of a row; with a residual, of x + residual, which it stores.
@@ -69,16 +74,13 @@ inline void normalize_row(T* out, const T* x, const T* residual, T* total, const
 }
 
 template <typename T>
-inline void run_norm(const Norm<T>& op) {
-#pragma omp parallel if (is_worth_threads(op.outer * op.inner * op.size))
-    {
-        Range rows = share(op.outer * op.inner);
-        for (int64_t row = rows.begin; row < rows.end; ++row) {
-            const T* x = op.x + row / op.inner * op.outer_stride + row % op.inner * op.inner_stride;
-            int64_t at = row * op.size;
-            if (op.residual_out) normalize_row(op.out + at, x, op.residual + at, op.residual_out + at, op);
-            else normalize_row<T>(op.out + at, x, nullptr, nullptr, op);
-        }
+inline void run(const Norm<T>& op) {
+    Range rows = share(op.outer * op.inner);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const T* x = op.x + row / op.inner * op.outer_stride + row % op.inner * op.inner_stride;
+        int64_t at = row * op.size;
+        if (op.residual_out) normalize_row(op.out + at, x, op.residual + at, op.residual_out + at, op);
+        else normalize_row<T>(op.out + at, x, nullptr, nullptr, op);
     }
 }
 

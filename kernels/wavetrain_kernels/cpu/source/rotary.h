@@ -5,6 +5,7 @@
 // bf16, each product is rounded, as PyTorch has it.
 #pragma once
 
+#include "program.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -21,13 +22,17 @@ struct Heads {
 
 template <typename T, typename C>
 struct Rotation {
-    T* out;  // [num_tokens, query heads, size], contiguous: the rotated queries
+    T* out;  // [count, query heads, size], contiguous: the rotated queries
     Heads<const T> query, key, value;
     const int64_t* positions;
     const C* table;        // [max_position, 2, half]: cosines, then sines
     T *key_cache, *value_cache;  // [num_blocks, heads, block_size, size]
     const int64_t* slots;  // -1: the token's key and value are not stored
-    int64_t num_tokens, size, half, block_size;
+    int64_t count, size, half, block_size;   // count: tokens
+
+    void bind(const Step& step, int64_t) { positions = step.positions, slots = step.slots, count = step.num_tokens; }
+    int64_t num_tokens() const { return count; }
+    bool is_large() const { return is_worth_threads(count * (query.num_heads + 2 * key.num_heads) * size); }
 };
 
 template <typename T, typename C>
@@ -77,12 +82,9 @@ inline void rotate_token(const Rotation<T, C>& op, int64_t token) {
 }
 
 template <typename T, typename C>
-inline void rotate_and_cache(const Rotation<T, C>& op) {
-#pragma omp parallel if (is_worth_threads(op.num_tokens * (op.query.num_heads + 2 * op.key.num_heads) * op.size))
-    {
-        Range tokens = share(op.num_tokens);
-        for (int64_t token = tokens.begin; token < tokens.end; ++token) rotate_token(op, token);
-    }
+inline void run(const Rotation<T, C>& op) {
+    Range tokens = share(op.count);
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) rotate_token(op, token);
 }
 
 }  // namespace wavetrain
