@@ -3,8 +3,9 @@
 
 Parameters are born on the meta device, so that a model can be built, and compared with the tensors of a
 checkpoint, before anything is allocated. `allocate_parameters` then gives each its memory, uninitialised:
-the loader writes every element exactly once. A weight that kernels want in another layout is packed as soon as it is
-complete and its plain form let go, so that no second copy of a large model ever exists.
+the loader writes every element exactly once. A weight that kernels want in another layout gets none: the loader lends
+it some, packs it as soon as it is complete and lends the memory to the next, so that no second copy of a large model
+ever exists.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 def allocate_parameters(model: nn.Module, device: torch.device) -> None:
-    """Replaces every parameter of `model` by uninitialised memory on `device`.
+    """Replaces every parameter of `model` but the weights to be packed by uninitialised memory on `device`.
 
     No two modules of ours hold the same parameter: tied embeddings are one module used twice.
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(module, PackedModule) and name == "weight":
+                continue
             memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(memory, requires_grad=False))
 
@@ -41,6 +44,6 @@ class PackedModule(nn.Module):
     packed: ops.PackedWeight
 
     def pack(self) -> None:
-        """Puts the loaded weight into the layout of the kernels and frees it."""
+        """Puts the loaded weight into the layout of the kernels, which may use its memory on, and lets go of it."""
         self.packed = ops.pack_weight(self.weight.data, is_gated=self.is_gated)
         del self.weight

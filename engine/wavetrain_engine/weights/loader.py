@@ -2,21 +2,19 @@
 """Streams a checkpoint into a model: complete, or an error and a model nobody may use.
 
 Order matters: every name, shape and dtype is compared before any memory is asked for, so that neither a
-config.json nor a header can make us allocate more than the files really hold. Then each tensor is copied once,
-from the mapped file into its place (its rows of a merged projection), converted on the way; a module that kernels want
-packed is packed when its last tensor is there.
+config.json nor a header can make us allocate more than the files really hold. Then each tensor is read once, into its
+place (its rows of a merged projection), converted on the way: module by module, as one that kernels want packed is
+packed when its last tensor is there. So there is never more in memory than the weights and one module.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.layers.parameter import PackedModule
@@ -25,6 +23,7 @@ from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.weights.checkpoint import Checkpoint
 from wavetrain_engine.weights.name_map import EMBEDDING, OUTPUT_HEAD, Target, check_tensors, name_map
 from wavetrain_engine.weights.safetensors_header import TensorEntry
+from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
 
 # Called with (bytes read, bytes to read) after each tensor.
 Progress = Callable[[int, int], None]
@@ -43,54 +42,62 @@ def load_weights(model: Model, model_dir: Path, config: ModelConfig, *, progress
     checkpoint = Checkpoint.open(model_dir)
     targets = name_map(model)
     check_tensors(checkpoint.tensors, targets, architecture=config.architecture, tied=config.tie_word_embeddings)
-    _check_tie(checkpoint.tensors, targets)
+    reader = TensorReader()
+    _check_tie(reader, checkpoint.tensors, targets)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    try:
+    total_bytes, done_bytes = sum(checkpoint.tensors[name].num_bytes for name in targets), 0
+    scratch = Scratch(model.device)
+    with _memory_needed(weight_bytes, model.max_model_len):
         model.allocate()
-    except (RuntimeError, MemoryError) as error:
-        raise CheckpointError(
-            f"not enough memory for {weight_bytes / 2**30:.1f} GiB of weights and a rotary table of "
-            f"{model.max_model_len} positions"
-        ) from error
-    entries = [checkpoint.tensors[name] for name in targets]
-    total_bytes, done_bytes = sum(entry.num_bytes for entry in entries), 0
-    missing = Counter(target.module for target in targets.values())
-    for entry, tensor in _stream(entries):
-        target = targets[entry.name]
-        target.memory().copy_(tensor)
-        missing[target.module] -= 1
-        if not missing[target.module] and isinstance(target.module, PackedModule):
-            target.module.pack()
-        done_bytes += entry.num_bytes
-        if progress is not None:
-            progress(done_bytes, total_bytes)
+        for module, names in _by_module(targets, checkpoint.tensors).items():
+            if isinstance(module, PackedModule):
+                memory = scratch.take(tuple(module.weight.shape), module.weight.dtype)
+                module.weight = nn.Parameter(memory, requires_grad=False)
+            for name in names:
+                entry = checkpoint.tensors[name]
+                reader.read(entry, targets[name].memory())
+                done_bytes += entry.num_bytes
+                if progress is not None:
+                    progress(done_bytes, total_bytes)
+            if isinstance(module, PackedModule):
+                module.pack()
+                scratch.let_go(module.packed.data)
     return weight_bytes
 
 
-def _stream(entries: Iterable[TensorEntry]) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Yields every tensor, mapped and not copied, in the order they lie on disk: one sequential read."""
-    ordered = sorted(entries, key=lambda entry: (entry.file, entry.begin))
-    for file, group in groupby(ordered, key=lambda entry: entry.file):
-        yield from _read(file, group)
-
-
-def _read(file: Path, entries: Iterable[TensorEntry]) -> Iterator[tuple[TensorEntry, Tensor]]:
+@contextmanager
+def _memory_needed(weight_bytes: int, max_model_len: int) -> Generator[None]:
+    """Says what a lack of memory inside is about."""
     try:
-        with safe_open(file, framework="pt", device="cpu") as reader:
-            for entry in entries:
-                yield entry, reader.get_tensor(entry.name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {file.name}: {error}") from error
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(
+            f"not enough memory for {weight_bytes / 2**30:.1f} GiB of weights and a rotary table of "
+            f"{max_model_len} positions"
+        ) from error
 
 
-def _check_tie(tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> None:
+def _by_module(targets: Mapping[str, Target], tensors: Mapping[str, TensorEntry]) -> dict[nn.Module, list[str]]:
+    """Returns the names of each module's tensors, in the order they lie on disk: nearly one sequential read."""
+    groups: dict[nn.Module, list[str]] = {}
+    for name in sorted(targets, key=lambda name: (tensors[name].file, tensors[name].begin)):
+        groups.setdefault(targets[name].module, []).append(name)
+    return groups
+
+
+def _check_tie(reader: TensorReader, tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> None:
     """Refuses a checkpoint whose config.json ties two tensors that are both there and differ."""
     if OUTPUT_HEAD in targets or OUTPUT_HEAD not in tensors:
         return
     head, embedding = tensors[OUTPUT_HEAD], tensors[EMBEDDING]
-    values = dict(_stream((head, embedding))) if head.shape == embedding.shape else {}
-    if not values or not torch.equal(values[head], values[embedding]):
+    if head.shape != embedding.shape or not torch.equal(_read(reader, head), _read(reader, embedding)):
         raise CheckpointError(
             f"config.json ties {OUTPUT_HEAD} to {EMBEDDING}, but the checkpoint has both and they differ; "
             "set tie_word_embeddings to false in config.json"
         )
+
+
+def _read(reader: TensorReader, entry: TensorEntry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=torch.float32)
+    reader.read(entry, tensor)
+    return tensor

@@ -3,15 +3,15 @@
 
     8 bytes: N, little endian | N bytes: JSON, name → {dtype, shape, data_offsets} | the tensors, without gaps
 
-A file that passes can be mapped into memory: every tensor lies inside it. One that was cut off by an
-interrupted download does not, and is refused here by name, rather than by a bus error later.
+In a file that passes every tensor lies inside it. One that was cut off by an interrupted download does not pass, and
+is refused here by name.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -29,7 +29,7 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint file; `dtype` in the format's own spelling (F32, BF16, ...)."""
+    """One tensor: bytes [begin, end) of a checkpoint file; `dtype` in the format's own spelling (F32, BF16, ...)."""
 
     file: Path
     name: str
@@ -72,7 +72,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     entries = [_entry(path, name, value) for name, value in described.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_extent(path, entries, size - 8 - length)
-    return entries
+    return [replace(entry, begin=entry.begin + 8 + length, end=entry.end + 8 + length) for entry in entries]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
