@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`wavetrain doctor`: what this machine can run, and what to do about the rest.
 
-Looks and never changes anything, but for the links to the wheel's Python backend in the cache folder. Torch is asked in
-a process of its own, as it may be missing, broken, or made for other hardware.
+Looks and never changes anything but the cache folder, where links to the wheel's Python backend go and the kernels that
+`--build` compiles. Torch is asked in a process of its own, as it may be missing, broken, or made for other hardware.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from wavetrain_cli.engine_flags import FlagParser
 from wavetrain_cli.errors import CommandError
 from wavetrain_cli.triton_server import find_triton_server, has_nvidia_device, server_environment
 from wavetrain_engine.environment import Environment
+from wavetrain_kernels.cpu.build import find_compiler
+from wavetrain_kernels.cpu.instruction_set import available_levels
 
 Status = Literal["ok", "note", "missing"]
 
@@ -32,8 +34,8 @@ _MIN_MEMORY_BYTES = 2 << 30
 # Each model's process maps 1 MiB at first, and Triton grows that with the requests in flight.
 _MIN_SHARED_MEMORY_BYTES = 64 << 20
 _WHEEL_RELEASES = {"0.7.0": "2.51.0"}  # the binary itself does not tell
-_COMPILERS = ("gcc", "clang", "cc")
 _COMMAND_TIMEOUT_S = 60.0
+_BUILD_TIMEOUT_S = 600.0
 _MARKS: dict[Status, str] = {"ok": "[green]✓[/]", "note": "[yellow]–[/]", "missing": "[red]✗[/]"}
 _TORCH_PROBE = (
     "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.is_available() and "
@@ -55,8 +57,11 @@ def main(arguments: list[str], environment: Environment) -> int:
     """Runs the subcommand; returns 1 if a model cannot be served here."""
     parser = FlagParser(prog="wavetrain doctor", description="Tells what this machine can run, and what to do.")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--build", action="store_true", help="compile the CPU kernels for each instruction set of this machine now"
+    )
     given = parser.parse(arguments)
-    findings = examine(environment)
+    findings = examine(environment) + (_build_kernels(environment.kernel_cache_dir) if given.build else [])
     can_serve = all(finding.status != "missing" for finding in findings)
     if given.json:
         print(json.dumps({"can_serve": can_serve, "findings": [asdict(item) for item in findings]}, indent=2))
@@ -76,7 +81,7 @@ def examine(environment: Environment) -> list[Finding]:
         _check_cpu,
         _check_gpu,
         _check_memory,
-        _check_compiler,
+        _check_kernels,
         lambda: [_check_cache(environment.cache_dir)],
     ]
     return [finding for check in checks for finding in check()]
@@ -203,13 +208,42 @@ def _check_memory() -> list[Finding]:
     return [*findings, Finding("/dev/shm", "ok", _gib(size))]
 
 
-def _check_compiler() -> list[Finding]:
-    for name in _COMPILERS:
-        if (found := shutil.which(name)) is not None:
-            output = _run([found, "--version"], dict(os.environ)) or found
-            return [Finding("compiler", "ok", output.splitlines()[0])]
-    advice = "only needed for kernels that are compiled on the machine: apt-get install gcc libc6-dev"
-    return [Finding("compiler", "note", "none", advice)]
+def _check_kernels() -> list[Finding]:
+    levels = available_levels()
+    if not levels:
+        advice = "models run on plain PyTorch: several times slower, still correct"
+        return [Finding("cpu kernels", "note", "none for this CPU, which has no AVX2", advice)]
+    compiler = find_compiler()
+    if compiler is None:
+        advice = "apt-get install g++; without it models run on plain PyTorch, several times slower"
+        return [
+            Finding("compiler", "note", "no C++ compiler", advice),
+            Finding("cpu kernels", "note", f"{levels[0].name}, if there were a compiler"),
+        ]
+    output = _run([compiler, "--version"], dict(os.environ)) or compiler
+    return [
+        Finding("compiler", "ok", output.splitlines()[0]),
+        Finding("cpu kernels", "ok", f"{levels[0].name}, compiled at first use or by wavetrain doctor --build"),
+    ]
+
+
+def _build_kernels(cache_dir: Path) -> list[Finding]:
+    if not available_levels():
+        return []
+    command = [sys.executable, "-m", "wavetrain_kernels.cpu.build_all", str(cache_dir)]
+    output = _run(command, dict(os.environ), timeout_s=_BUILD_TIMEOUT_S)
+    if output is None:
+        advice = "mend what is marked above; models run on plain PyTorch until then"
+        return [Finding("kernels built", "note", "they could not be compiled", advice)]
+    findings: list[Finding] = []
+    for line in output.splitlines():
+        report = json.loads(line)
+        name, error = f"kernels for {report['level']}", report["error"]
+        if error is None:
+            findings.append(Finding(name, "ok", f"in {cache_dir}"))
+        else:
+            findings.append(Finding(name, "note", error, "models run on plain PyTorch, several times slower"))
+    return findings
 
 
 def _check_cache(cache_dir: Path) -> Finding:
@@ -227,7 +261,13 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _run(command: list[str], environment: dict[str, str], *, codes: tuple[int, ...] = (0,)) -> str | None:
+def _run(
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    codes: tuple[int, ...] = (0,),
+    timeout_s: float = _COMMAND_TIMEOUT_S,
+) -> str | None:
     """A command's output, or what it said on standard error; None if it ends with another than these codes."""
     try:
         done = subprocess.run(
@@ -237,7 +277,7 @@ def _run(command: list[str], environment: dict[str, str], *, codes: tuple[int, .
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=_COMMAND_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
     except (OSError, subprocess.SubprocessError):

@@ -30,6 +30,11 @@ class Environment:
     cache_dir: Path
     kernels: str
 
+    @property
+    def kernel_cache_dir(self) -> Path:
+        """Where compiled kernels are kept."""
+        return self.cache_dir / "kernels"
+
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
         """Reads the process's environment, or `variables` in its place. Creates nothing.

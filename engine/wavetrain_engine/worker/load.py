@@ -125,7 +125,7 @@ def _device(config: EngineConfig) -> torch.device:
 def _choose_kernels(environment: Environment, device: torch.device) -> str:
     """Returns the name of the set that answers; before the weights are loaded, whose layout may be up to it."""
     try:
-        return choose_kernels(environment.kernels, device, environment.cache_dir / "kernels").name
+        return choose_kernels(environment.kernels, device, environment.kernel_cache_dir).name
     except UnsupportedDevice as error:
         raise ConfigError(f"WAVETRAIN_KERNELS={environment.kernels}: {error}") from error
 

@@ -47,7 +47,7 @@ def build_library(level: InstructionSet, cache_dir: Path) -> Path:
     """
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError("no C++ compiler was found; install g++ (Debian: apt-get install g++) or set CXX")
+        raise BuildError("no C++ compiler was found; install g++ (Debian: apt-get install g++)")
     return build(level, compiler, openmp_runtime(), cache_dir)
 
 

@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from fakes.checkpoint_files import write_checkpoint
+from wavetrain_cli import doctor
 from wavetrain_cli.main import main
 from wavetrain_cli.ports import check_ports
 from wavetrain_cli.triton_service import example_request
 from wavetrain_engine.config import EngineConfig
+from wavetrain_kernels.cpu.build import find_compiler
+from wavetrain_kernels.cpu.instruction_set import LEVELS, available_levels
 
 
 @pytest.fixture(autouse=True)
@@ -211,8 +214,42 @@ def test_doctor_tells_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     findings = {item["name"]: item for item in report["findings"]}
     assert findings["python"]["status"] == "ok"
     assert findings["triton server"]["status"] == "ok"
-    assert {"AVX2", "AVX-512", "AMX", "gpu", "compiler", "memory", "/dev/shm", "torch works"} <= set(findings)
+    assert {"AVX2", "AVX-512", "AMX", "gpu", "cpu kernels", "memory", "/dev/shm", "torch works"} <= set(findings)
     assert all(item["advice"] for item in report["findings"] if item["status"] == "missing")
+
+
+@pytest.mark.skipif(not available_levels() or find_compiler() is None, reason="no instruction set, or no compiler")
+def test_doctor_builds_kernels_ahead_of_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WAVETRAIN_CACHE_DIR", str(tmp_path))
+    main(["doctor", "--build", "--json"])
+    findings = {item["name"]: item["status"] for item in json.loads(capsys.readouterr().out)["findings"]}
+    names = [level.name for level in available_levels()]
+    assert {name: findings[f"kernels for {name}"] for name in names} == dict.fromkeys(names, "ok")
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == len(names)
+
+
+def test_doctor_tells_what_a_machine_without_a_compiler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_levels", lambda: LEVELS)
+    monkeypatch.setattr(doctor, "find_compiler", lambda: None)
+    found = {item.name: item for item in doctor._check_kernels()}
+    assert found["compiler"].status == "note"
+    assert "apt-get install g++" in found["compiler"].advice
+    monkeypatch.setattr(doctor, "available_levels", tuple)
+    assert [(item.name, item.status) for item in doctor._check_kernels()] == [("cpu kernels", "note")]
+    assert doctor._build_kernels(Path("/does/not/exist")) == []
+
+
+def test_doctor_says_why_kernels_were_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "available_levels", lambda: LEVELS)
+    lines = '{"level": "amx", "error": "g++ took over 120 s"}\n{"level": "avx2", "error": null}\n'
+    monkeypatch.setattr(doctor, "_run", lambda *_args, **_options: lines)
+    failed, built = doctor._build_kernels(tmp_path)
+    assert (failed.name, failed.status, failed.detail) == ("kernels for amx", "note", "g++ took over 120 s")
+    assert (built.name, built.status) == ("kernels for avx2", "ok")
+    monkeypatch.setattr(doctor, "_run", lambda *_args, **_options: None)
+    assert [item.status for item in doctor._build_kernels(tmp_path)] == ["note"]
 
 
 def test_the_printed_curl_command_is_quoted_for_a_shell() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from wavetrain_kernels.cpu.build import find_compiler
+from wavetrain_kernels.cpu.build import build, find_compiler
 from wavetrain_kernels.cpu.instruction_set import LEVELS, available_levels
-from wavetrain_kernels.cpu.kernels import build_library, kernels_of
+from wavetrain_kernels.cpu.kernels import kernels_of
+from wavetrain_kernels.cpu.library import openmp_runtime
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.ops import dispatch
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -29,9 +30,10 @@ def each_kernel_set(request: pytest.FixtureRequest, compiled_cache: Path) -> Ker
     level = next((level for level in available_levels() if level.name == request.param), None)
     if level is None:
         pytest.skip(f"this CPU has no {request.param}")
-    if find_compiler() is None:
+    compiler = find_compiler()
+    if compiler is None:
         pytest.skip("no C++ compiler")
-    return kernels_of(build_library(level, compiled_cache))
+    return kernels_of(build(level, compiler, openmp_runtime(), compiled_cache, extra_flags=("-Werror",)))
 
 
 @pytest.fixture
