@@ -27,7 +27,7 @@ class Program(Protocol):
         ...
 
     def run(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> None:
-        """Runs the calls for the T tokens of a step, T up to the capacity: results are rows [0, T) of the recorded ones.
+        """Runs the calls for the T tokens of a step, T up to the capacity; results are rows [0, T) of the recorded.
 
         Args:
             token_ids, positions: [T] int64, contiguous, as the tensors of the metadata are.

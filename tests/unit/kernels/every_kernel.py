@@ -64,7 +64,9 @@ def run_linears() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             ops.linear(x, packed, dtype=dtype)
             ops.linear(x, packed, bias, dtype=dtype)
-        assert torch.equal(ops.unpack_rows(packed, torch.arange(num_outputs)), weight)
+        for table in (packed, weight):
+            assert torch.equal(ops.embedding(torch.arange(num_outputs), table), weight)
+            ops.embedding(torch.arange(num_outputs), table, scale=3.0)
         gated = ops.pack_weight(weight, is_gated=True)
         ops.gated_linear(x, gated, "silu")
         ops.gated_linear(x, gated, "gelu_tanh", bias)

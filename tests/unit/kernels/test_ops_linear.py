@@ -73,14 +73,16 @@ def test_gated_linear_is_the_gated_product(size, dtype, activation):
 
 
 @pytest.mark.parametrize("num_inputs", [1, 31, 32, 96, 257])
-def test_unpacked_rows_are_the_weight(num_inputs):
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_embeddings_are_rows_of_the_table(num_inputs, is_packed):
     for dtype in DTYPES:
         weight = torch.randn(70, num_inputs).to(dtype)
-        packed = ops.pack_weight(weight)
-        assert torch.equal(ops.unpack_rows(packed, torch.arange(70)), weight)
+        table = ops.pack_weight(weight) if is_packed else weight
+        assert torch.equal(ops.embedding(torch.arange(70), table), weight)
         rows = torch.tensor([69, 0, 33, 33, 16])
-        assert torch.equal(ops.unpack_rows(packed, rows), weight[rows])
-        assert ops.unpack_rows(packed, rows[:0]).shape == (0, num_inputs)
+        assert torch.equal(ops.embedding(rows, table), weight[rows])
+        assert torch.equal(ops.embedding(rows, table, scale=55.5), weight[rows] * 55.5)
+        assert ops.embedding(rows[:0], table).shape == (0, num_inputs)
 
 
 def test_inputs_that_lie_apart():
@@ -155,9 +157,17 @@ def test_weights_that_do_not_fit():
         ops.gated_linear(X, plain, "silu")
     with pytest.raises(DtypeError, match="the result must be"):
         ops.linear(X, plain, dtype=torch.bfloat16)
-    with pytest.raises(ShapeError, match="without gates"):
-        ops.unpack_rows(gates, torch.tensor([0]))
-    with pytest.raises(ShapeError, match=r"rows must be \[N\]"):
-        ops.unpack_rows(plain, torch.tensor([[0]]))
-    with pytest.raises(DtypeError, match="int64"):
-        ops.unpack_rows(plain, torch.tensor([0]).int())
+
+
+def test_tables_that_do_not_fit():
+    ids = torch.tensor([0])
+    with pytest.raises(ShapeError, match="a gated weight is not a table"):
+        ops.embedding(ids, ops.pack_weight(WEIGHT, is_gated=True))
+    with pytest.raises(ShapeError, match=r"token_ids must be \[T\]"):
+        ops.embedding(ids[None], WEIGHT)
+    with pytest.raises(DtypeError, match="token_ids must be int64"):
+        ops.embedding(ids.int(), WEIGHT)
+    with pytest.raises(ShapeError, match="contiguous"):
+        ops.embedding(ids, WEIGHT.t())
+    with pytest.raises(DtypeError, match="floating point"):
+        ops.embedding(ids, WEIGHT.int())

@@ -246,11 +246,12 @@ inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t til
         _tile_stored(3, to + 3 * kTile * kLanes, stride);
     }
 #else
+    const bf16* queries = (const bf16*)scratch.queries[tile];   // pair d of dimensions is row d of all its tiles together
     for (int64_t i = 0; i < num_keys; ++i) {
         const bf16* key = keys.start[i / kTile] + i % kTile * keys.row_bytes / (int64_t)sizeof(bf16);
         Floats sums = broadcast(0.0f);
         for (int64_t d = 0; d < op.padded_dim(); d += 2)
-            sums = multiply_pair(sums, pair_at(key + d), &scratch.queries[tile][0][d / 2 * kTileRow]);
+            sums = multiply_pair(sums, pair_at(key + d), queries + d / 2 * kTileRow);
         store(scratch.scores[i], sums);
     }
 #endif
