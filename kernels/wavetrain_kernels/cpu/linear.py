@@ -11,7 +11,7 @@ from wavetrain_kernels.reference import linear as reference
 
 # M = rows, K = inputs, N = outputs.
 
-_TILE, _DEPTH, _PANEL = 16, 32, 32
+_TILE, _DEPTH, _PANEL, _BLOCK = 16, 32, 32, 32
 _ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
 
 
@@ -55,7 +55,7 @@ class LinearKernels:
         if not num_rows:
             return
         x = x if x.stride(1) == 1 else x.contiguous()
-        padded = _ceil_div(num_rows, _TILE) * _TILE * _ceil_div(num_inputs, _DEPTH) * _DEPTH
+        padded = _ceil_div(num_rows, _BLOCK) * _BLOCK * _ceil_div(num_inputs, _DEPTH) * _DEPTH
         self._library.linear(
             out.data_ptr(),
             x.data_ptr(),

@@ -13,7 +13,10 @@
 
 namespace wavetrain {
 
-constexpr int kPanel = 2 * kTile;
+constexpr int kPanel = 2 * kTile;                  // outputs of a panel
+constexpr int kBlock = 2 * kTile;                  // rows that are multiplied together
+constexpr int kBlockElements = 2 * kTileElements;  // of a step of a panel, and of a block
+constexpr int kMaxRows = 512;                      // rows that a panel is multiplied with before the next one
 
 enum class Activation : int { kNone = 0, kSilu = 1, kGeluTanh = 2 };
 
@@ -85,75 +88,95 @@ inline void run(const Embedding& op) {
     }
 }
 
-// Rows [begin, end) of x as tiles of A: [rows / 16][steps] tiles.
+// Rows [begin, end) of x as tiles of A: [rows / 32][steps][2] tiles, so that two tiles of rows are one stream.
 inline void pack_rows(bf16* packed, const bf16* x, int64_t stride, int64_t begin, int64_t end, int64_t k) {
     int64_t steps = ceil_div(k, kDepth);
     for (int64_t row = begin; row < end; ++row) {
-        bf16* to = packed + (row / kTile) * steps * kTileElements + (row % kTile) * kDepth;
+        bf16* to = packed + row / kBlock * steps * kBlockElements + row % kBlock * kDepth;
         const bf16* from = x + row * stride;
         int64_t step = 0;
-        for (; (step + 1) * kDepth <= k; ++step) memcpy(to + step * kTileElements, from + step * kDepth, kDepth * sizeof(bf16));
+        for (; (step + 1) * kDepth <= k; ++step) memcpy(to + step * kBlockElements, from + step * kDepth, kDepth * sizeof(bf16));
         if (step < steps) {
             size_t rest = (size_t)(k - step * kDepth);
-            memset(to + step * kTileElements, 0, kDepth * sizeof(bf16));
-            memcpy(to + step * kTileElements, from + step * kDepth, rest * sizeof(bf16));
+            memset(to + step * kBlockElements, 0, kDepth * sizeof(bf16));
+            memcpy(to + step * kBlockElements, from + step * kDepth, rest * sizeof(bf16));
         }
     }
 }
 
-// c [kTiles * 16, 32] = tiles of A (consecutive in rows by `steps` tiles) times one panel.
-template <int kTiles>
-inline void multiply_panel(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t rows) {
 #if WAVETRAIN_AMX
-    (void)rows;
-    // The panel comes from memory: asked for this far ahead, it arrives in time (measured: 4 KiB; see docs/decisions).
-    constexpr int64_t kAhead = 4 * kTileElements;
-    const bf16* a2 = a + steps * kTileElements;
-    _tile_zero(0);
-    _tile_zero(1);
-    if (kTiles == 2) {
-        _tile_zero(2);
-        _tile_zero(3);
+// c [kTiles * 16, 32] (+)= tiles of A times `steps` steps of one panel; kAhead: how far ahead to ask for the panel.
+template <int kTiles, int kAhead>
+inline void multiply_tiles(float* c, const bf16* a, const bf16* b, int64_t steps, bool is_first) {
+    constexpr int64_t stride = kPanel * sizeof(float);
+    if (is_first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (kTiles == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, c, stride);
+        _tile_loadd(1, c + kTile, stride);
+        if (kTiles == 2) {
+            _tile_loadd(2, c + kTile * kPanel, stride);
+            _tile_loadd(3, c + kTile * kPanel + kTile, stride);
+        }
     }
     for (int64_t step = 0; step < steps; ++step) {
-        const bf16* tiles = b + step * 2 * kTileElements;
-        for (int line = 0; line < 2 * kTileElements; line += 32)
-            _mm_prefetch((const char*)(tiles + kAhead + line), _MM_HINT_T0);
-        _tile_loadd(4, a + step * kTileElements, 64);
+        const bf16 *rows = a + step * kBlockElements, *tiles = b + step * kBlockElements;
+        if (kAhead)
+            for (int line = 0; line < kBlockElements; line += 32)
+                asm volatile("prefetcht0 %0" ::"m"(tiles[kAhead * kBlockElements + line]));
+        _tile_loadd(4, rows, 64);
         _tile_loadd(6, tiles, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, tiles + kTileElements, 64);
         _tile_dpbf16ps(1, 4, 7);
         if (kTiles == 2) {
-            _tile_loadd(5, a2 + step * kTileElements, 64);
+            _tile_loadd(5, rows + kTileElements, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, c, kPanel * sizeof(float));
-    _tile_stored(1, c + kTile, kPanel * sizeof(float));
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + kTile, stride);
     if (kTiles == 2) {
-        _tile_stored(2, c + kTile * kPanel, kPanel * sizeof(float));
-        _tile_stored(3, c + kTile * kPanel + kTile, kPanel * sizeof(float));
+        _tile_stored(2, c + kTile * kPanel, stride);
+        _tile_stored(3, c + kTile * kPanel + kTile, stride);
     }
+}
+#endif
+
+// c [rows, 32] (+)= a block of at most 32 rows times `steps` steps of one panel. c has room for 32 rows.
+// is_cold: the panel comes from memory.
+inline void multiply_block(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t rows, bool is_first, bool is_cold) {
+#if WAVETRAIN_AMX
+    // 4 KiB ahead of a panel from memory, 26 of the 27 GB/s come through that two cores read here.
+    constexpr int kAhead = 2;
+    if (rows > kTile) is_cold ? multiply_tiles<2, kAhead>(c, a, b, steps, is_first) : multiply_tiles<2, 0>(c, a, b, steps, is_first);
+    else is_cold ? multiply_tiles<1, kAhead>(c, a, b, steps, is_first) : multiply_tiles<1, 0>(c, a, b, steps, is_first);
 #else
+    (void)is_cold;
     for (int64_t start = 0; start < rows; start += kRowsAtOnce) {
-        const bf16* from = a + (start / kTile) * steps * kTileElements + (start % kTile) * kDepth;
+        const bf16* from = a + start * kDepth;
+        float* to = c + start * kPanel;
         Floats sums[kRowsAtOnce][2];
-        for (int row = 0; row < kRowsAtOnce; ++row) sums[row][0] = sums[row][1] = broadcast(0.0f);
+        for (int row = 0; row < kRowsAtOnce; ++row)
+            for (int half = 0; half < 2; ++half)
+                sums[row][half] = is_first ? broadcast(0.0f) : load(to + row * kPanel + half * kTile);
         for (int64_t step = 0; step < steps; ++step)
             for (int pair = 0; pair < kDepth / 2; ++pair) {
-                const bf16* tiles = b + step * 2 * kTileElements + pair * kPanel;
+                const bf16* tiles = b + step * kBlockElements + pair * kTileRow;
                 for (int row = 0; row < kRowsAtOnce; ++row) {
-                    int32_t values = pair_at(from + step * kTileElements + row * kDepth + pair * 2);
+                    int32_t values = pair_at(from + step * kBlockElements + row * kDepth + pair * 2);
                     sums[row][0] = multiply_pair(sums[row][0], values, tiles);
                     sums[row][1] = multiply_pair(sums[row][1], values, tiles + kTileElements);
                 }
             }
-        for (int row = 0; row < kRowsAtOnce; ++row) {
-            store(c + (start + row) * kPanel, sums[row][0]);
-            store(c + (start + row) * kPanel + kTile, sums[row][1]);
-        }
+        for (int row = 0; row < kRowsAtOnce; ++row)
+            for (int half = 0; half < 2; ++half) store(to + row * kPanel + half * kTile, sums[row][half]);
     }
 #endif
 }
@@ -167,7 +190,7 @@ struct Linear {
     const bf16* x;         // [m, k]
     const bf16* packed;
     const bf16* bias;      // [n], or null
-    bf16* workspace;       // ceil(m / 16) * 16 * ceil(k / 32) * 32 elements
+    bf16* workspace;       // ceil(m / 32) * ceil(k / 32) blocks
     int64_t out_stride, x_stride, m, k, n;
     Activation activation; // other than kNone: a gated layer
     bool is_float_out;
@@ -183,9 +206,10 @@ inline Floats bias_at(const Linear& op, int64_t first_row) {
     return op.bias && count > 0 ? load(op.bias + first_row, (int)(count < kTile ? count : kTile)) : broadcast(0.0f);
 }
 
+inline int64_t width(const Linear& op) { return op.is_gated() ? op.n / 2 : op.n; }
+
 inline void store_tile(const Linear& op, int64_t row, int64_t column, Floats values) {
-    int64_t width = op.is_gated() ? op.n / 2 : op.n;
-    int count = (int)(width - column < kTile ? width - column : kTile);
+    int count = (int)(width(op) - column < kTile ? width(op) - column : kTile);
     if (count <= 0) return;
     int64_t at = row * op.out_stride + column;
     if (op.is_float_out) {
@@ -195,6 +219,16 @@ inline void store_tile(const Linear& op, int64_t row, int64_t column, Floats val
         store((bf16*)op.out + at, values);
     } else {
         store((bf16*)op.out + at, values, count);
+    }
+}
+
+// Asks for the lines that finish_panel() will write, to own them by then: writing waits for each, and costs a quarter of
+// the time of a long prompt's product.
+inline void prefetch_out(const Linear& op, int64_t row, int64_t count, int64_t panel) {
+    int64_t size = op.is_float_out ? sizeof(float) : sizeof(bf16), column = panel * (op.is_gated() ? kTile : kPanel);
+    for (int64_t i = row; i < row + count; ++i) {
+        const char* line = (const char*)op.out + (i * op.out_stride + column) * size;
+        asm volatile("prefetchw %0" ::"m"(*line));
     }
 }
 
@@ -216,32 +250,51 @@ inline void finish_panel(const Linear& op, const float* c, int64_t row, int64_t 
     }
 }
 
-// Rows whose tiles of A stay in a core's second-level cache while panels pass by.
-inline int64_t rows_at_once(int64_t k) {
-    constexpr int64_t kCacheBytes = 1 << 20;
-    int64_t rows = kCacheBytes / (k * (int64_t)sizeof(bf16)) / kPanel * kPanel;
-    return rows < 2 * kPanel ? 2 * kPanel : rows;
+// Rows that are multiplied with a panel before the next one: their tiles stay in a core's second-level cache. A multiple of
+// kBlock; all chunks of a call are about as long, as a short one would read the weights for little.
+inline int64_t rows_at_once(int64_t m, int64_t k) {
+    constexpr int64_t kCacheBytes = 3 << 19;
+    int64_t fitting = kCacheBytes / (k * (int64_t)sizeof(bf16));
+    int64_t most = fitting < 2 * kBlock ? 2 * kBlock : fitting > kMaxRows ? kMaxRows : fitting / kBlock * kBlock;
+    return ceil_div(ceil_div(m, ceil_div(m, most)), kBlock) * kBlock;
+}
+
+// Asks for steps [begin, end) of what is at `weights`; past the end of the weights that does no harm.
+inline void prefetch_weights(const bf16* weights, int64_t begin, int64_t end) {
+    for (int64_t at = begin * kBlockElements; at < end * kBlockElements; at += 32) asm volatile("prefetcht1 %0" ::"m"(weights[at]));
+}
+
+// c [count, 32] = rows [row, row + count) times one panel.
+inline void multiply_panel(const Linear& op, float* c, int64_t row, int64_t count, int64_t panel) {
+    // With more than a block of rows, as much of the panel at a time (16 KiB) as the first-level cache keeps beside the
+    // rows that pass by; what comes next is asked for meanwhile. One block of rows passes the whole panel at once.
+    constexpr int64_t kStepsAtOnce = 8;
+    int64_t steps = ceil_div(op.k, kDepth), at_once = count > kBlock ? kStepsAtOnce : steps;
+    const bf16* b = op.packed + panel * steps * kBlockElements;
+    for (int64_t step = 0; step < steps; step += at_once) {
+        int64_t some = steps - step < at_once ? steps - step : at_once;
+        for (int64_t i = 0; i < count; i += kBlock) {
+            const bf16* a = op.workspace + ((row + i) / kBlock * steps + step) * kBlockElements;
+            int64_t rows = count - i < kBlock ? count - i : kBlock;
+            if (step + some == steps) prefetch_out(op, row + i, rows, panel);
+            if (count > kBlock) prefetch_weights(b + (step + some) * kBlockElements, some * i / count, some * (i + rows) / count);
+            multiply_block(c + i * kPanel, a, b + step * kBlockElements, some, rows, step == 0, count <= kBlock);
+        }
+    }
 }
 
 inline void run(const Linear& op) {
-    int64_t steps = ceil_div(op.k, kDepth), panels = num_panels(op.n, op.is_gated());
-    int64_t chunk = rows_at_once(op.k), chunks = ceil_div(op.m, chunk);
     Range rows = share(op.m);
     pack_rows(op.workspace, op.x, op.x_stride, rows.begin, rows.end, op.k);
 #pragma omp barrier
-    alignas(64) float c[2 * kTile * kPanel];
-    Range units = share(chunks * panels);
+    alignas(64) float c[kMaxRows * kPanel];
+    int64_t panels = num_panels(op.n, op.is_gated()), chunk = rows_at_once(op.m, op.k);
+    Range units = share(ceil_div(op.m, chunk) * panels);
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
-        int64_t panel = unit % panels, begin = unit / panels * chunk;
-        int64_t end = begin + chunk < op.m ? begin + chunk : op.m;
-        const bf16* b = op.packed + panel * steps * 2 * kTileElements;
-        for (int64_t row = begin; row < end; row += 2 * kTile) {
-            const bf16* a = op.workspace + row / kTile * steps * kTileElements;
-            int64_t count = end - row < 2 * kTile ? end - row : 2 * kTile;
-            if (count > kTile) multiply_panel<2>(c, a, b, steps, count);
-            else multiply_panel<1>(c, a, b, steps, count);
-            finish_panel(op, c, row, count, panel);
-        }
+        int64_t panel = unit % panels, row = unit / panels * chunk;
+        int64_t count = op.m - row < chunk ? op.m - row : chunk;
+        multiply_panel(op, c, row, count, panel);
+        finish_panel(op, c, row, count, panel);
     }
 }
 
