@@ -218,6 +218,7 @@ def test_doctor_tells_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(item["advice"] for item in report["findings"] if item["status"] == "missing")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not available_levels() or find_compiler() is None, reason="no instruction set, or no compiler")
 def test_doctor_builds_kernels_ahead_of_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

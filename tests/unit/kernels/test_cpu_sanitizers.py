@@ -14,7 +14,7 @@ from wavetrain_kernels.cpu.build import build, find_compiler
 from wavetrain_kernels.cpu.instruction_set import LEVELS, available_levels
 from wavetrain_kernels.cpu.library import openmp_runtime
 
-_FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+_FLAGS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
 def sanitizer_library(compiler: str) -> Path:
@@ -46,6 +46,7 @@ def test_no_kernel_leaves_its_buffers(name: str, compiled_cache: Path) -> None:
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
             "OMP_NUM_THREADS": "2",
+            "OMP_WAIT_POLICY": "passive",
         },
         capture_output=True,
         text=True,
