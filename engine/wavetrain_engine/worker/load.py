@@ -16,6 +16,7 @@ from wavetrain_engine.environment import Environment
 from wavetrain_engine.errors import CheckpointError, ConfigError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.generation_config import GenerationConfig
+from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.models.registry import create_model, resolve_dtype
 from wavetrain_engine.plan import Executor
@@ -84,24 +85,29 @@ def load_executor(
         load_s=time.monotonic() - started,
         version=VERSION,
     )
-    kv_caches = allocate_kv_caches(model.kv_cache_spec(), num_blocks, config.cache.block_size, device)
-    runner = ModelRunner(
-        model=model,
-        kv_caches=kv_caches,
-        batch=_input_batch(config, max_model_len),
-        state=SamplingState(model_config.vocab_size, device),
-        eos_token_ids=generation.eos_token_ids,
-        device=device,
-        program=record_step(
-            model,
-            kv_caches,
-            capacity=config.scheduler.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            device=device,
-        ),
-    )
+    runner = _make_runner(config, model, facts, device)
     _log_facts(facts)
     return LocalExecutor(runner, is_async=config.scheduler.async_scheduling), facts
+
+
+def _make_runner(config: EngineConfig, model: Model, facts: EngineFacts, device: torch.device) -> ModelRunner:
+    kv_caches = allocate_kv_caches(model.kv_cache_spec(), facts.num_blocks, facts.block_size, device)
+    program = record_step(
+        model,
+        kv_caches,
+        capacity=facts.max_num_batched_tokens,
+        max_model_len=facts.max_model_len,
+        device=device,
+    )
+    return ModelRunner(
+        model=model,
+        kv_caches=kv_caches,
+        batch=_input_batch(config, facts.max_model_len),
+        state=SamplingState(facts.vocab_size, device),
+        eos_token_ids=facts.generation.eos_token_ids,
+        device=device,
+        program=program,
+    )
 
 
 def _model_dir(config: EngineConfig) -> Path:
