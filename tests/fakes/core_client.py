@@ -38,6 +38,7 @@ class FakeCoreClient:
         self.requests: list[EngineRequest] = []
         self.cancelled: list[str] = []
         self.is_closed = False
+        self.holds_s: list[float] = []
         self._sinks: dict[str, Callable[[RequestUpdate], None]] = {}
 
     def start(self) -> EngineFacts:
@@ -55,6 +56,9 @@ class FakeCoreClient:
             sink = self._sinks.pop(request_id, None)
             if sink is not None:
                 sink(RequestUpdate(request_id=request_id, finish_reason=FinishReason.CANCELLED))
+
+    def hold(self, until_s: float) -> None:
+        self.holds_s.append(until_s)
 
     def close(self, timeout_s: float) -> None:
         self.is_closed = True

@@ -34,6 +34,7 @@ from wavetrain_engine.ipc.frames import (
     GetStats,
     Goodbye,
     Hello,
+    Hold,
     LoadFailed,
     Progress,
     Ready,
@@ -69,7 +70,7 @@ _LOST = "the engine core cannot be loaded again; the server has to be restarted,
 class CoreClient:
     """Submits requests to the engine core of this server and hands the updates to their sinks.
 
-    `submit`, `cancel` and `read_stats` may be called from any thread. Sinks are called on the I/O thread, in
+    `submit`, `cancel`, `hold` and `read_stats` may be called from any thread. Sinks are called on the I/O thread, in
     order; they must be quick and must not raise.
     """
 
@@ -161,6 +162,14 @@ class CoreClient:
             if not self._is_ready:
                 return
             self._outbox.append(Cancel(request_ids=list(request_ids)))
+        os.eventfd_write(self._wakeup, 1)
+
+    def hold(self, until_s: float) -> None:
+        """Lets the core collect news until this `time.monotonic()`, but for those that callers wait for."""
+        with self._lock:
+            if not self._is_ready:
+                return
+            self._outbox.append(Hold(until_s=until_s))
         os.eventfd_write(self._wakeup, 1)
 
     def read_stats(self, timeout_s: float = 5.0) -> EngineStats:

@@ -3,7 +3,8 @@
 
 Everything happens on the one thread that also runs the engine, inside `drain`, `emit` and `report_progress`:
 no lock, no queue between threads, no extra latency. Invariants:
-    1. an update goes to the client that added its request, and to nobody once that client has left
+    1. an update goes to the client that added its request, and to nobody once that client has left; in order, and
+       with no more messages than steps
     2. a client that died or said Goodbye has all its requests cancelled
     3. the core ends when its server dies, when its last client leaves, or on SIGTERM
 """
@@ -35,6 +36,7 @@ from wavetrain_engine.ipc.frames import (
     GetStats,
     Goodbye,
     Hello,
+    Hold,
     LoadFailed,
     Progress,
     Ready,
@@ -43,6 +45,7 @@ from wavetrain_engine.ipc.frames import (
     decode_client_frame,
     encode,
 )
+from wavetrain_engine.ipc.held_updates import HeldUpdates
 from wavetrain_engine.ipc.process_watch import ProcessWatch
 from wavetrain_engine.request import FinishReason, RequestUpdate
 from wavetrain_engine.stats import EngineStats
@@ -78,6 +81,7 @@ class CoreSocket:
         self._server = ProcessWatch(server_pid)
         self._clients: dict[bytes, ProcessWatch] = {}
         self._owners: dict[str, bytes] = {}
+        self._news: defaultdict[bytes, HeldUpdates] = defaultdict(HeldUpdates)
         self._facts: EngineFacts | None = None
         self._read_stats: Callable[[], EngineStats] | None = None
         self._first_client_deadline_s: float | None = time.monotonic() + _FIRST_CLIENT_TIMEOUT_S
@@ -127,6 +131,7 @@ class CoreSocket:
 
     def drain(self, timeout_s: float) -> list[Command]:
         """Returns what clients asked for since the last call; waits for it up to `timeout_s`."""
+        self._send_news()
         deadline_s = time.monotonic() + timeout_s
         while True:
             remaining_s = max(0.0, deadline_s - time.monotonic())
@@ -139,15 +144,13 @@ class CoreSocket:
                 return commands
 
     def emit(self, updates: list[RequestUpdate]) -> None:
-        """Sends each client its part of the step's news, as one message."""
-        by_client: defaultdict[bytes, list[RequestUpdate]] = defaultdict(list)
+        """Sends each client its part of the step's news as one message, now or with a later step's."""
         for update in updates:
             finished = update.finish_reason is not None
             owner = self._owners.pop(update.request_id, None) if finished else self._owners.get(update.request_id)
             if owner is not None:
-                by_client[owner].append(update)
-        for client, part in by_client.items():
-            self._send(client, Updates(updates=part))
+                self._news[owner].add(update)
+        self._send_news()
 
     def close(self) -> None:
         """Flushes and closes the socket. Idempotent."""
@@ -201,7 +204,10 @@ class CoreSocket:
                 self._send(client, Updates(updates=[_refusal(frame.request.request_id)]))
             case Add():
                 self._owners[frame.request.request_id] = client
+                self._news[client].expect(frame.request)
                 yield frame
+            case Hold():
+                self._news[client].hold(frame.until_s)
             case Cancel():
                 yield frame
             case GetStats():
@@ -231,6 +237,7 @@ class CoreSocket:
 
     def _detach(self, client: bytes) -> Iterable[Command]:
         watch = self._clients.pop(client, None)
+        self._news.pop(client, None)
         if watch is None:
             return
         descriptor = watch.fileno()
@@ -262,6 +269,12 @@ class CoreSocket:
     def _has_ended(watch: ProcessWatch, ready: dict[Any, int]) -> bool:
         descriptor = watch.fileno()
         return descriptor in ready if descriptor is not None else not watch.is_alive()
+
+    def _send_news(self) -> None:
+        now_s = time.monotonic()
+        for client, news in self._news.items():
+            if updates := news.take(now_s):
+                self._send(client, Updates(updates=updates))
 
     def _broadcast(self, frame: CoreFrame) -> None:
         for client in self._clients:

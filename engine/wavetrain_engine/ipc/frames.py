@@ -3,7 +3,8 @@
 
 A client (a Triton model's process) connects and says Hello. While the engine loads it hears Progress, then
 Ready with the engine's facts, or LoadFailed. From then on it sends commands (Add, Cancel); each step of the
-engine answers with at most one Updates message per client, carrying the news of all its requests.
+engine answers with at most one Updates message per client, carrying the news of all its requests; with fewer
+while the client asks for it by Hold.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.request import RequestUpdate
 from wavetrain_engine.stats import EngineStats
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -34,6 +35,12 @@ class GetStats(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Refuse new requests from now on, whoever sends them; running ones are finished."""
+
+
+class Hold(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Until this `time.monotonic()` the client can wait for news that are neither a request's first nor its end."""
+
+    until_s: float
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -75,7 +82,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True, array_like=True):
     stats: EngineStats
 
 
-ClientFrame = Hello | Add | Cancel | GetStats | Drain | Goodbye
+ClientFrame = Hello | Add | Cancel | Hold | GetStats | Drain | Goodbye
 CoreFrame = Progress | Ready | LoadFailed | Updates | Stats
 
 _ENCODER = msgspec.msgpack.Encoder()

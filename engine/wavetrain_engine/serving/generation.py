@@ -47,7 +47,10 @@ class Generation:
         """Attaches to the core. Raises what CoreClient.start raises."""
         facts = self._client.start()
         share = _CPU_SENDING_SHARE if facts.device == "cpu" else _DEVICE_SENDING_SHARE
-        self._responses = Sender(budget_cores=share * len(os.sched_getaffinity(0)))
+        self._responses = Sender(
+            budget_cores=share * len(os.sched_getaffinity(0)),
+            on_pause=self._client.hold if self._stream_interval is None else None,
+        )
         self._live = LiveRequests()
         return facts
 

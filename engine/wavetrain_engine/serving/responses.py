@@ -18,12 +18,16 @@ from wavetrain_engine.serving.outbox import Haste, Outbox
 from wavetrain_engine.serving.send_pace import SendPace
 
 _LOGGER = logging.getLogger(__name__)
+# Shorter pauses are not worth telling: a step takes about as long.
+_MIN_TOLD_PAUSE_S = 0.02
 
 
 class Sender:
     """Sends the news of requests, at the pace that its budget allows."""
 
-    def __init__(self, budget_cores: float) -> None:
+    def __init__(self, budget_cores: float, on_pause: Callable[[float], None] | None = None) -> None:
+        """`on_pause`: told the moment until which nothing but the urgent will be sent, where it is worth knowing."""
+        self._on_pause = on_pause
         self._pace = SendPace(budget_cores)
         self._outbox: Outbox[LiveRequest] = Outbox(self._pace)
         self._wakeup = threading.Event()
@@ -52,9 +56,15 @@ class Sender:
     def _deal(self, look: Sequence[LiveRequest], due: Sequence[LiveRequest]) -> None:
         for live in look:
             _attempt(live, live.look)
+        if not due:
+            return
         started_s = time.thread_time()
         num_responses = sum(_attempt(live, live.flush) for live in due)
-        self._pace.charge(time.monotonic(), num_responses, time.thread_time() - started_s)
+        now_s = time.monotonic()
+        self._pace.charge(now_s, num_responses, time.thread_time() - started_s)
+        pause_s = self._pace.wait_s(now_s)
+        if self._on_pause is not None and pause_s > _MIN_TOLD_PAUSE_S:
+            self._on_pause(now_s + pause_s)
 
 
 def _attempt(live: LiveRequest, work: Callable[[], int]) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -43,6 +44,9 @@ class TritonModel(ABC):
             _LOGGER.error("%s cannot be served: %s: %s", args["model_name"], type(error).__name__, error)
             self.finalize()
             raise pb_utils.TritonModelException(error_message(error.code, str(error))) from None
+        # What is there now stays. Looking through it for garbage would stop the streams for tens of milliseconds.
+        gc.collect()
+        gc.freeze()
 
     @abstractmethod
     def start(self, files: ModelFiles) -> None:

@@ -5,18 +5,34 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import zmq
 
 from wavetrain_engine.command import Add
+from wavetrain_engine.errors import ErrorCode
 from wavetrain_engine.ipc.core_socket import CoreSocket
-from wavetrain_engine.ipc.frames import Hello, Updates, decode_core_frame, encode
+from wavetrain_engine.ipc.frames import Hello, Hold, Updates, decode_core_frame, encode
+from wavetrain_engine.ipc.held_updates import HeldUpdates
 from wavetrain_engine.request import EngineRequest, FinishReason, RequestUpdate
 from wavetrain_engine.sampling_params import SamplingParams
 
 _TIMEOUT_MS = 10_000
+
+
+def request_of(request_id: str, **params: Any) -> EngineRequest:
+    return EngineRequest(request_id=request_id, prompt_token_ids=[1], sampling_params=SamplingParams(**params))
+
+
+def news(request_id: str, token_id: int, **fields: Any) -> RequestUpdate:
+    return RequestUpdate(request_id=request_id, new_token_ids=[token_id], **fields)
+
+
+def told(updates: list[RequestUpdate]) -> dict[str, list[int]]:
+    return {update.request_id: update.new_token_ids for update in updates}
 
 
 class Model:
@@ -28,8 +44,10 @@ class Model:
         self._socket.send(encode(Hello(pid=os.getpid())))
 
     def add(self, request_id: str) -> None:
-        request = EngineRequest(request_id=request_id, prompt_token_ids=[1], sampling_params=SamplingParams())
-        self._socket.send(encode(Add(request=request)))
+        self._socket.send(encode(Add(request=request_of(request_id))))
+
+    def hold(self, for_s: float) -> None:
+        self._socket.send(encode(Hold(until_s=time.monotonic() + for_s)))
 
     def messages(self) -> list[Updates]:
         """All that have come; waits for the first."""
@@ -67,3 +85,74 @@ def test_a_step_is_one_message_for_all_requests_of_a_model(address: str) -> None
             assert [update.request_id for update in message.updates] == [f"r{index}" for index in range(parity, 32, 2)]
     core.close()
     context.destroy(linger=0)
+
+
+def test_a_model_that_holds_gets_many_steps_in_one_message(address: str) -> None:
+    core = CoreSocket(address, os.getpid())
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    model = Model(context, address)
+    model.add("a")
+    assert len(core.drain(10.0)) == 1
+    core.emit([news("a", 0)])
+    assert [told(message.updates) for message in model.messages()] == [{"a": [0]}]
+    model.hold(3600.0)
+    model.add("b")
+    assert len(core.drain(10.0)) == 1  # what came before the request was read before it
+    for token_id in range(1, 9):
+        core.emit([news("a", token_id)])
+    core.emit([news("a", 9), news("b", 0)])
+    assert [told(message.updates) for message in model.messages()] == [{"b": [0]}]
+    core.emit([news("a", 10, finish_reason=FinishReason.LENGTH)])
+    assert [told(message.updates) for message in model.messages()] == [{"a": list(range(1, 11))}]
+    core.close()
+    context.destroy(linger=0)
+
+
+def test_held_news_go_when_their_time_has_come() -> None:
+    held = HeldUpdates()
+    held.hold(10.0)
+    for request_id in ("a", "b"):
+        held.expect(request_of(request_id))
+        held.add(news(request_id, 0))
+    assert told(held.take(1.0)) == {"a": [0], "b": [0]}
+    for token_id in (1, 2):
+        held.add(news("a", token_id))
+        held.add(news("b", token_id))
+    assert held.take(9.9) == []
+    assert told(held.take(10.0)) == {"a": [1, 2], "b": [1, 2]}
+    held.add(news("a", 3))
+    assert told(held.take(10.1)) == {"a": [3]}
+
+
+def test_news_of_a_request_with_stop_strings_are_never_held() -> None:
+    held = HeldUpdates()
+    held.hold(10.0)
+    held.expect(request_of("a", stop=["x"]))
+    for token_id in range(3):
+        held.add(news("a", token_id))
+        assert told(held.take(1.0)) == {"a": [token_id]}
+
+
+def test_a_first_token_is_not_held_when_something_came_before_it() -> None:
+    held = HeldUpdates()
+    held.hold(10.0)
+    held.expect(request_of("a"))
+    held.add(RequestUpdate(request_id="a"))
+    held.take(1.0)
+    held.add(news("a", 0))
+    assert told(held.take(1.0)) == {"a": [0]}
+
+
+def test_an_error_comes_after_what_was_held() -> None:
+    held = HeldUpdates()
+    held.hold(10.0)
+    held.expect(request_of("a"))
+    held.add(news("a", 0))
+    held.take(1.0)
+    held.add(news("a", 1))
+    held.add(news("a", 2))
+    error = RequestUpdate(request_id="a", finish_reason=FinishReason.ERROR, error_code=ErrorCode.DEADLINE, error="x")
+    held.add(error)
+    first, second = held.take(1.0)
+    assert (first.new_token_ids, first.error_code) == ([1, 2], None)
+    assert second == error
