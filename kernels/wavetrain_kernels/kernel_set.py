@@ -24,6 +24,7 @@ class KernelSet:
 
     Attributes:
         empty: (shape, dtype, device) -> an uninitialised tensor, where results go
+        zeros: (shape, dtype, device) -> zeros that stay, such as a KV cache
         new_program: (capacity) -> an empty Program; None: this set records nothing
         rms_norm: (out, x, weight, eps, weight_offset)
         add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
@@ -42,6 +43,7 @@ class KernelSet:
 
     name: str
     empty: Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
+    zeros: Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
     new_program: Callable[[int], Program] | None = None
     rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], None]

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
+
 import torch
 
 from wavetrain_engine.layers.attention import KVCache, KVCacheSpec
+from wavetrain_kernels import ops
 
 
 def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, block_size: int, device: torch.device) -> list[KVCache]:
@@ -16,15 +18,8 @@ def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, block_size: int, devi
     """
     shape = spec.shape(num_blocks, block_size)
     return [
-        KVCache(key=_zeros(shape, spec.dtype, device), value=_zeros(shape, spec.dtype, device))
+        KVCache(
+            key=ops.allocate_kv_cache(shape, spec.dtype, device), value=ops.allocate_kv_cache(shape, spec.dtype, device)
+        )
         for _ in range(spec.num_layers)
     ]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes every page at once; calloc'ed pages come zeroed from the kernel when first
-    # touched, so a 4 GiB cache costs nothing until it is used.
-    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)

@@ -14,6 +14,7 @@ from wavetrain_kernels.cpu.embedding import EmbeddingKernels
 from wavetrain_kernels.cpu.instruction_set import InstructionSet, available_levels
 from wavetrain_kernels.cpu.library import Library, openmp_runtime
 from wavetrain_kernels.cpu.linear import LinearKernels
+from wavetrain_kernels.cpu.memory import huge_zeros
 from wavetrain_kernels.cpu.norm import NormKernels
 from wavetrain_kernels.cpu.program import CpuProgram
 from wavetrain_kernels.cpu.rotary import RotaryKernels
@@ -63,6 +64,7 @@ def kernels_of(path: Path) -> KernelSet:
         REFERENCE,
         name="cpu",
         empty=library.empty,
+        zeros=lambda shape, dtype, _device: huge_zeros(shape, dtype),
         new_program=partial(CpuProgram, library),
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,

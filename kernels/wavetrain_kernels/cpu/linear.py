@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.cpu.library import Library
+from wavetrain_kernels.cpu.memory import HugePool
 from wavetrain_kernels.reference import linear as reference
 
 # M = rows, K = inputs, N = outputs.
@@ -20,6 +21,7 @@ class LinearKernels:
 
     def __init__(self, library: Library) -> None:
         self._library = library
+        self._memory = HugePool()
 
     def pack_weight(self, weight: Tensor, is_gated: bool) -> Tensor:
         """Returns weight [N, K] in panels, in memory of its own: see source/linear.h."""
@@ -27,7 +29,7 @@ class LinearKernels:
             return reference.pack_weight(weight, is_gated)
         num_outputs, num_inputs = weight.shape
         panels = _ceil_div(num_outputs // 2, _TILE) if is_gated else _ceil_div(num_outputs, _PANEL)
-        packed = torch.empty(panels * _ceil_div(num_inputs, _DEPTH) * _PANEL * _DEPTH, dtype=torch.bfloat16)
+        packed = self._memory.empty(panels * _ceil_div(num_inputs, _DEPTH) * _PANEL * _DEPTH, torch.bfloat16)
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self._library.pack_weight(
             packed.data_ptr(), weight.data_ptr(), weight.stride(0), num_outputs, num_inputs, is_gated

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.cpu.library import Library
+from wavetrain_kernels.cpu.memory import huge_zeros
 from wavetrain_kernels.errors import UnsupportedDevice
-
-_ALIGNMENT = 64
 
 
 class _Step(ctypes.Structure):
@@ -59,8 +58,8 @@ class CpuProgram:
             yield
         if not self._library.program_is_sound(self._handle):
             raise UnsupportedDevice("a call that is not over the tokens of a step cannot be recorded")
-        self._scratch = torch.empty(self._num_scratch_bytes + _ALIGNMENT, dtype=torch.uint8)
-        self._step.workspace = -(-self._scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        self._scratch = huge_zeros((self._num_scratch_bytes,), torch.uint8)
+        self._step.workspace = self._scratch.data_ptr()
 
     def run(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> None:
         """See Program."""
@@ -104,7 +103,7 @@ class _Arena:
             default=None,
         )
         if block is None:
-            block = torch.empty(num_bytes, dtype=torch.uint8)
+            block = huge_zeros((num_bytes,), torch.uint8)
             self._blocks.append(block)
         else:
             self._free = [other for other in self._free if other is not block]

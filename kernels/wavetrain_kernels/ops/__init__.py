@@ -8,6 +8,7 @@ block_id * block_size + offset.
 from wavetrain_kernels.ops.attention import AttentionMetadata, paged_attention
 from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set, new_program
 from wavetrain_kernels.ops.embedding import embedding
+from wavetrain_kernels.ops.kv_cache import allocate_kv_cache
 from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotate_and_cache
@@ -27,6 +28,7 @@ __all__ = [
     "PackedWeight",
     "Program",
     "add_rms_norm",
+    "allocate_kv_cache",
     "apply_penalties",
     "apply_top_k_top_p_min_p",
     "choose_kernels",

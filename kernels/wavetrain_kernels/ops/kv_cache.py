@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two tensors of a layer's paged KV cache must look like."""
+"""The two tensors of a layer's paged KV cache: where they come from, what they must look like."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from wavetrain_kernels.errors import DtypeError, ShapeError
+from wavetrain_kernels.ops.dispatch import implementation
+
+
+def allocate_kv_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns the keys, or the values, of a layer: zeros [num_blocks, Hkv, block_size, D].
+
+    On a CPU they take memory only as they are written to.
+    """
+    return implementation(device).zeros(shape, dtype, device)
 
 
 def check_caches(key_cache: Tensor, value_cache: Tensor, like: Tensor) -> None:

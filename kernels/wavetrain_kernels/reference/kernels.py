@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +29,19 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page at once; calloc'ed pages come zeroed from the kernel when first touched, so a 4 GiB
+    # cache costs nothing until it is used.
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(*shape)
+
+
 REFERENCE = KernelSet(
     name="reference",
     empty=_empty,
+    zeros=_zeros,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotate_and_cache=rotate_and_cache,

@@ -6,7 +6,6 @@
 // Both sizes are padded with zeros: k to 32, outputs to whole tiles.
 #pragma once
 
-#include "memory.h"
 #include "program.h"
 #include "threads.h"
 #include "tile.h"
@@ -33,7 +32,6 @@ inline int64_t num_panels(int64_t n, bool is_gated) { return ceil_div(is_gated ?
 
 inline void pack_weight(bf16* packed, const bf16* weight, int64_t stride, int64_t n, int64_t k, bool is_gated) {
     int64_t steps = ceil_div(k, kDepth);
-    use_huge_pages(packed, num_panels(n, is_gated) * steps * 2 * kTileElements * (int64_t)sizeof(bf16));
 #pragma omp parallel
     {
         Range panels = share(num_panels(n, is_gated));
