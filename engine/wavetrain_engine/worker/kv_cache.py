@@ -17,9 +17,5 @@ def allocate_kv_caches(spec: KVCacheSpec, num_blocks: int, block_size: int, devi
     Zeroed only to be the same in every run: attention never looks at what nobody wrote (docs/decisions/0002).
     """
     shape = spec.shape(num_blocks, block_size)
-    return [
-        KVCache(
-            key=ops.allocate_kv_cache(shape, spec.dtype, device), value=ops.allocate_kv_cache(shape, spec.dtype, device)
-        )
-        for _ in range(spec.num_layers)
-    ]
+    allocate = partial(ops.allocate_kv_cache, shape, spec.dtype, device)
+    return [KVCache(key=allocate(), value=allocate()) for _ in range(spec.num_layers)]
