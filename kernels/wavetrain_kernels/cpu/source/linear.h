@@ -220,16 +220,6 @@ inline void store_tile(const Linear& op, int64_t row, int64_t column, Floats val
     }
 }
 
-// Asks for the lines that finish_panel() will write, to own them by then: writing waits for each, and costs a quarter of
-// the time of a long prompt's product.
-inline void prefetch_out(const Linear& op, int64_t row, int64_t count, int64_t panel) {
-    int64_t size = op.is_float_out ? sizeof(float) : sizeof(bf16), column = panel * (op.is_gated() ? kTile : kPanel);
-    for (int64_t i = row; i < row + count; ++i) {
-        const char* line = (const char*)op.out + (i * op.out_stride + column) * size;
-        asm volatile("prefetchw %0" ::"m"(*line));
-    }
-}
-
 // Stores rows [row, row + count) of one panel's sums c [count, 32].
 inline void finish_panel(const Linear& op, const float* c, int64_t row, int64_t count, int64_t panel) {
     if (op.is_gated()) {
@@ -241,10 +231,17 @@ inline void finish_panel(const Linear& op, const float* c, int64_t row, int64_t 
         }
         return;
     }
-    for (int half = 0; half < 2; ++half) {
-        int64_t column = panel * kPanel + half * kTile;
-        Floats bias = bias_at(op, column);
-        for (int64_t i = 0; i < count; ++i) store_tile(op, row + i, column, add(load(c + i * kPanel + half * kTile), bias));
+    int64_t column = panel * kPanel;
+    Floats low = bias_at(op, column), high = bias_at(op, column + kTile);
+    if (!op.is_float_out && column + kPanel <= op.n) {   // the usual case: whole lines
+        bf16* to = (bf16*)op.out + row * op.out_stride + column;
+        for (int64_t i = 0; i < count; ++i, to += op.out_stride)
+            store_pair(to, add(load(c + i * kPanel), low), add(load(c + i * kPanel + kTile), high));
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        store_tile(op, row + i, column, add(load(c + i * kPanel), low));
+        store_tile(op, row + i, column + kTile, add(load(c + i * kPanel + kTile), high));
     }
 }
 
@@ -262,7 +259,7 @@ inline void prefetch_weights(const bf16* weights, int64_t begin, int64_t end) {
     for (int64_t at = begin * kBlockElements; at < end * kBlockElements; at += 32) asm volatile("prefetcht1 %0" ::"m"(weights[at]));
 }
 
-// c [count, 32] = rows [row, row + count) times one panel.
+// Computes and stores rows [row, row + count) times one panel; c: room for the sums [count, 32].
 inline void multiply_panel(const Linear& op, float* c, int64_t row, int64_t count, int64_t panel) {
     // With more than a block of rows, as much of the panel at a time (16 KiB) as the first-level cache keeps beside the
     // rows that pass by; what comes next is asked for meanwhile. One block of rows passes the whole panel at once.
@@ -274,9 +271,9 @@ inline void multiply_panel(const Linear& op, float* c, int64_t row, int64_t coun
         for (int64_t i = 0; i < count; i += kBlock) {
             const bf16* a = op.workspace + ((row + i) / kBlock * steps + step) * kBlockElements;
             int64_t rows = count - i < kBlock ? count - i : kBlock;
-            if (step + some == steps) prefetch_out(op, row + i, rows, panel);
             if (count > kBlock) prefetch_weights(b + (step + some) * kBlockElements, some * i / count, some * (i + rows) / count);
             multiply_block(c + i * kPanel, a, b + step * kBlockElements, some, rows, step == 0, count <= kBlock);
+            if (step + some == steps) finish_panel(op, c + i * kPanel, row + i, rows, panel);
         }
     }
 }
@@ -292,7 +289,6 @@ inline void run(const Linear& op) {
         int64_t panel = unit % panels, row = unit / panels * chunk;
         int64_t count = op.m - row < chunk ? op.m - row : chunk;
         multiply_panel(op, c, row, count, panel);
-        finish_panel(op, c, row, count, panel);
     }
 }
 

@@ -101,6 +101,24 @@ inline void transpose(__m512i rows[16]) {
     }
 }
 
+// 32 values, `low` before `high`.
+inline void store_pair(bf16* p, Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+#else
+    store(p, low);
+    store(p + kLanes, high);
+#endif
+}
+
+// 1 / x, relative error below 3e-7: a division of this width takes eight times as long.
+inline Floats reciprocal(Floats x) {
+    __m512 y = _mm512_rcp14_ps(x.v);
+    // The last step would make NaN of the reciprocals of 0 and infinity.
+    __m512 better = _mm512_fmadd_ps(_mm512_fnmadd_ps(x.v, y, _mm512_set1_ps(1.0f)), y, y);
+    return {_mm512_mask_mov_ps(better, _mm512_fpclass_ps_mask(y, 0x1e), y)};
+}
+
 #else  // AVX2: two halves
 
 struct Floats {
@@ -190,12 +208,13 @@ inline void store(bf16* p, Floats x) {
 
 #endif
 
-inline float widen_one(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+#if !defined(__AVX512F__)
+inline void store_pair(bf16* p, Floats low, Floats high) {
+    store(p, low);
+    store(p + kLanes, high);
 }
+inline Floats reciprocal(Floats x) { return div(broadcast(1.0f), x); }
+#endif
 
 inline Floats load(const bf16* p, int count) {
     bf16 whole[kLanes] = {};
@@ -284,7 +303,7 @@ inline Floats tanh(Floats x) {
     return sub(broadcast(1.0f), div(broadcast(2.0f), add(e, broadcast(1.0f))));
 }
 
-inline Floats silu(Floats x) { return div(x, add(broadcast(1.0f), exp2(mul(x, broadcast(-kLog2e))))); }
+inline Floats silu(Floats x) { return mul(x, reciprocal(add(broadcast(1.0f), exp2(mul(x, broadcast(-kLog2e)))))); }
 
 // The tanh approximation (Hendrycks and Gimpel 2016).
 inline Floats gelu_tanh(Floats x) {
