@@ -17,7 +17,7 @@ _LOGGER = logging.getLogger(__name__)
 _INTERVAL_S = 0.05
 # With many requests a sweep is dear: with 32 streams every 50 ms, a third of what the responses cost. So it may ask
 # this often, and take this share of the time, up to the longest interval.
-_MAX_QUESTIONS_PER_S = 100
+_MAX_QUESTIONS_PER_S = 50
 _MAX_SHARE = 0.1
 _MAX_INTERVAL_S = 0.4
 
