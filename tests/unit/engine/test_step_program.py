@@ -50,7 +50,7 @@ def record(model: Model):
 
 
 def steps() -> list[tuple[torch.Tensor, AttentionMetadata]]:
-    """A prompt in two chunks beside a decoding request, then decodes alone; tokens of two requests in scattered blocks."""
+    """A prompt in two chunks beside a decoding request, then decodes alone, in scattered blocks."""
     tables = torch.randperm(NUM_BLOCKS, dtype=torch.int32)[:16].view(2, 8)
     computed, result = [0, 0], []
     for query_lens in ([30, 5], [17, 1], [1, 1], [1, 0]):
