@@ -12,7 +12,7 @@ from wavetrain_kernels.reference import attention as reference
 
 # Sizes and limits of source/attention.h.
 _MAX_HEAD_DIM = 256
-_PLAN_BYTES, _UNIT_BYTES, _SUMS_BYTES = 64, 56, 64 + 64 + 16 * _MAX_HEAD_DIM * 4
+_PLAN_BYTES, _UNIT_BYTES, _SUMS_BYTES = 64, 64, 64 + 64 + 16 * _MAX_HEAD_DIM * 4
 _LANES_PER_UNIT, _UNITS_PER_THREAD, _PARTITION = 64, 4, 1024
 
 

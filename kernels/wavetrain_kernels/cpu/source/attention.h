@@ -48,10 +48,11 @@ struct Attention {
     int64_t padded_dim() const { return depth_steps() * kDepth; }
 };
 
-// What one thread works on: up to kMaxTiles tiles of lanes of one row and key-value head.
+// What one thread works on: up to kMaxTiles tiles of lanes of one row, of one key-value head or one tile of each of several.
 struct Lanes {
-    int64_t row, head, first_lane, num_lanes;   // lane = token * group + query head within the group
+    int64_t row, head, num_heads, first_lane, num_lanes;   // lane = token * group + query head within the group
     int64_t num_tiles() const { return (num_lanes + kLanes - 1) / kLanes; }
+    Lanes of_head(int64_t i) const { return {row, head + i, 1, first_lane, num_lanes}; }
 };
 
 // One tile's sums over some keys: for each lane the largest score, the sum of weights, the weighted values.
@@ -138,19 +139,20 @@ inline void load_query_tile(bf16* tile, const bf16* const* rows, int64_t first, 
 #endif
 }
 
-// Queries as tiles of B: row r of a tile holds dimensions 2r and 2r + 1 of every lane. Unused lanes are zero.
-inline void load_queries(const Attention& op, const Lanes& lanes, AttentionScratch& scratch) {
+// Queries of one head as tiles of B, from `slot` on: row r of a tile holds dimensions 2r and 2r + 1 of every lane. Unused lanes
+// are zero.
+inline void load_queries(const Attention& op, const Lanes& lanes, int64_t slot, AttentionScratch& scratch) {
     for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) {
         const bf16* rows[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
             int64_t lane = tile * kLanes + i, used = smaller(lane, lanes.num_lanes - 1);
             // Unused lanes stand where the last one does, so that they never are why a step needs a mask.
-            scratch.positions[tile][i] = (float)position_of(op, lanes, used);
+            scratch.positions[slot + tile][i] = (float)position_of(op, lanes, used);
             rows[i] = op.query + token_of(op, lanes, used) * op.query_stride + head_of(op, lanes, used) * op.head_dim;
             if (lane > used) rows[i] = nullptr;
         }
         for (int64_t step = 0; step < op.depth_steps(); ++step)
-            load_query_tile(scratch.queries[tile][step], rows, step * kDepth, smaller(kDepth, op.head_dim - step * kDepth));
+            load_query_tile(scratch.queries[slot + tile][step], rows, step * kDepth, smaller(kDepth, op.head_dim - step * kDepth));
     }
 }
 
@@ -414,26 +416,34 @@ inline void prefetch(const Attention& op, const Lanes& lanes, int64_t first, int
     }
 }
 
-// scratch.part = the sums of keys [first, end) of one partition.
+// scratch.part[slot] += the sums of keys first + [0, num_keys) for one tile of lanes, whose keys and values are loaded.
+inline void sum_step(const Attention& op, const KeyTiles& keys, int64_t slot, int64_t lanes, int64_t first, int64_t num_keys,
+                     AttentionScratch& scratch) {
+    Sums& sums = scratch.part[slot];
+    multiply_keys(op, keys, slot, num_keys, scratch);
+    cap_scores(op, num_keys, scratch);
+    if (!sees_all(op, slot, first, num_keys, scratch)) mask_scores(op, slot, first, num_keys, scratch);
+    Floats scale = broadcast(score_scale(op)), before = load(sums.largest);
+    Floats largest = max(mul(largest_scores(num_keys, scratch), scale), before);
+    Floats base = finite(largest), factor = rescale(before, base);
+    Floats weight = exponentiate(scale, base, num_keys, scratch);
+    store(sums.largest, largest);
+    store(sums.weight, fma(load(sums.weight), factor, weight));
+    multiply_values(op, slot, lanes, num_keys, factor, scratch);
+}
+
+// scratch.part = the sums of keys [first, end) of one partition. Heads take turns, step by step: what they read lies side by side.
 inline void sum_partition(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
-    for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) clear(scratch.part[tile], op);
+    for (int64_t slot = 0; slot < lanes.num_heads * lanes.num_tiles(); ++slot) clear(scratch.part[slot], op);
     for (int64_t start = first; start < end; start += kKeys) {
         int64_t num_keys = smaller(kKeys, end - start);
-        prefetch(op, lanes, start + num_keys, smaller(end, start + 2 * kKeys));
-        KeyTiles keys = load_keys(op, lanes, start, end, scratch);
-        load_values(op, lanes, start, end, scratch);
-        for (int64_t tile = 0; tile < lanes.num_tiles(); ++tile) {
-            Sums& sums = scratch.part[tile];
-            multiply_keys(op, keys, tile, num_keys, scratch);
-            cap_scores(op, num_keys, scratch);
-            if (!sees_all(op, tile, start, num_keys, scratch)) mask_scores(op, tile, start, num_keys, scratch);
-            Floats scale = broadcast(score_scale(op)), before = load(sums.largest);
-            Floats largest = max(mul(largest_scores(num_keys, scratch), scale), before);
-            Floats base = finite(largest), factor = rescale(before, base);
-            Floats weight = exponentiate(scale, base, num_keys, scratch);
-            store(sums.largest, largest);
-            store(sums.weight, fma(load(sums.weight), factor, weight));
-            multiply_values(op, tile, smaller(kLanes, lanes.num_lanes - tile * kLanes), num_keys, factor, scratch);
+        for (int64_t i = 0; i < lanes.num_heads; ++i) {
+            Lanes one = lanes.of_head(i);
+            prefetch(op, one, start + num_keys, smaller(end, start + 2 * kKeys));
+            KeyTiles keys = load_keys(op, one, start, end, scratch);
+            load_values(op, one, start, end, scratch);
+            for (int64_t tile = 0; tile < one.num_tiles(); ++tile)
+                sum_step(op, keys, i + tile, smaller(kLanes, lanes.num_lanes - tile * kLanes), start, num_keys, scratch);
         }
     }
 }
@@ -480,21 +490,30 @@ struct Unit {
     Sums* part;
 };
 
+// Hands the sums of every tile of a unit, as they are after all its keys, to where they go.
+inline void finish_unit(const Attention& op, const Unit& unit, const Sums* sums) {
+    for (int64_t i = 0; i < unit.lanes.num_heads; ++i)
+        for (int64_t tile = 0; tile < unit.lanes.num_tiles(); ++tile)
+            if (unit.part) copy(*unit.part, sums[i + tile], op);
+            else write_out(op, unit.lanes.of_head(i), tile, sums[i + tile]);
+}
+
 inline void run_unit(const Attention& op, const Unit& unit, AttentionScratch& scratch) {
-    load_queries(op, unit.lanes, scratch);
-    bool is_first = true;
-    for (int64_t begin = unit.begin; begin < unit.end; is_first = false) {
+    int64_t slots = unit.lanes.num_heads * unit.lanes.num_tiles();
+    for (int64_t i = 0; i < unit.lanes.num_heads; ++i) load_queries(op, unit.lanes.of_head(i), i, scratch);
+    const Sums* sums = scratch.part;
+    for (int64_t begin = unit.begin; begin < unit.end;) {
         int64_t end = smaller(unit.end, (begin / kPartition + 1) * kPartition);
         sum_partition(op, unit.lanes, begin, end, scratch);
-        for (int64_t tile = 0; tile < unit.lanes.num_tiles(); ++tile)
-            if (unit.part) copy(*unit.part, scratch.part[tile], op);
-            else if (is_first && end == unit.end) write_out(op, unit.lanes, tile, scratch.part[tile]);
-            else if (is_first) copy(scratch.total[tile], scratch.part[tile], op);
-            else merge(scratch.total[tile], scratch.part[tile], op);
+        if (begin != unit.begin || end != unit.end) {
+            for (int64_t slot = 0; slot < slots; ++slot)
+                if (begin == unit.begin) copy(scratch.total[slot], scratch.part[slot], op);
+                else merge(scratch.total[slot], scratch.part[slot], op);
+            sums = scratch.total;
+        }
         begin = end;
     }
-    if (unit.part || unit.end <= (unit.begin / kPartition + 1) * kPartition) return;
-    for (int64_t tile = 0; tile < unit.lanes.num_tiles(); ++tile) write_out(op, unit.lanes, tile, scratch.total[tile]);
+    finish_unit(op, unit, sums);
 }
 
 // The keys that some lanes see, from the start of a step on.
@@ -505,16 +524,18 @@ inline void set_keys(const Attention& op, Unit& unit) {
 }
 
 // Lists the work of all rows and heads, long contexts first within a row; returns how much there is.
-inline int64_t list_units(const Attention& op, Unit* units) {
+// heads_at_once: key-value heads that rows of a single tile are given to a thread by.
+inline int64_t list_units(const Attention& op, int64_t heads_at_once, Unit* units) {
     int64_t count = 0;
     for (int64_t row = 0; row < op.num_rows; ++row) {
         int64_t num_lanes = (op.query_start_loc[row + 1] - op.query_start_loc[row]) * op.group();
         int64_t pieces = (num_lanes + kMaxTiles * kLanes - 1) / (kMaxTiles * kLanes);
+        int64_t step = num_lanes <= kLanes ? heads_at_once : 1;
         for (int64_t piece = pieces - 1; piece >= 0; --piece)
-            for (int64_t head = 0; head < op.num_kv_heads; ++head) {
+            for (int64_t head = 0; head < op.num_kv_heads; head += step) {
                 int64_t first = piece * kMaxTiles * kLanes;
                 Unit& unit = units[count++];
-                unit.lanes = {row, head, first, smaller(kMaxTiles * kLanes, num_lanes - first)};
+                unit.lanes = {row, head, smaller(step, op.num_kv_heads - head), first, smaller(kMaxTiles * kLanes, num_lanes - first)};
                 unit.part = nullptr;
                 set_keys(op, unit);
             }
@@ -523,7 +544,7 @@ inline int64_t list_units(const Attention& op, Unit* units) {
 }
 
 // Puts the partitions of a unit, consecutive in `pieces`, together in their order.
-inline void finish_unit(const Attention& op, const Unit& unit, const Unit* piece) {
+inline void join_pieces(const Attention& op, const Unit& unit, const Unit* piece) {
     Sums total;
     copy(total, *piece->part, op);
     for (int64_t end = piece->end; end < unit.end; end = piece->end) merge(total, *(++piece)->part, op);
@@ -559,9 +580,10 @@ inline void make_plan(const Attention& op, Plan& plan) {
     plan.parts = (Sums*)(op.workspace + sizeof(Plan));
     plan.pieces = (Unit*)(plan.parts + op.max_pieces);
     plan.units = plan.pieces + op.max_pieces;
-    plan.num_units = list_units(op, plan.units);
-    bool is_scarce = plan.num_units < kUnitsPerThread * omp_get_num_threads();
-    plan.num_pieces = is_scarce ? split_units(plan, op.max_pieces) : 0;
+    int64_t enough = kUnitsPerThread * omp_get_num_threads();
+    // Two heads of 64 dimensions and a block of 16 tokens are a page of 4 KiB, within which the processor prefetches.
+    plan.num_units = list_units(op, op.num_rows * op.num_kv_heads >= 2 * enough ? 2 : 1, plan.units);
+    plan.num_pieces = plan.num_units < enough ? split_units(plan, op.max_pieces) : 0;
 }
 
 inline void run(const Attention& op) {
@@ -577,7 +599,7 @@ inline void run(const Attention& op) {
     for (int64_t i = 0; i < plan.num_units; ++i) {
         const Unit *unit = plan.units + i, *piece = plan.pieces;
         while (piece->lanes.row != unit->lanes.row || piece->lanes.head != unit->lanes.head) ++piece;
-        finish_unit(op, *unit, piece);
+        join_pieces(op, *unit, piece);
     }
 }
 
