@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every function of a compiled library over odd sizes: `python every_kernel.py LIBRARY`. For sanitizers to watch.
+"""Runs all functions of compiled libraries over odd sizes: `python every_kernel.py LIBRARY...`. For sanitizers.
 
 Each tensor has memory of its own, of exactly its size, so that a read or write past one is outside of all.
 """
@@ -21,15 +21,23 @@ _SIZES = (1, 2, 15, 16, 17, 33, 64, 130)
 
 
 def main() -> None:
-    """Runs them all; a sanitizer ends the process where one is wrong."""
-    dispatch._CHOSEN["cpu"] = kernels_of(Path(sys.argv[1]))
-    with torch.inference_mode():
-        for dtype in (torch.bfloat16, torch.float32):
-            run_norms(dtype)
-            run_rotations(dtype)
-        run_sampling()
-        run_linears()
-        run_attention()
+    """Runs them all, naming each library first; a sanitizer ends the process where one is wrong."""
+    for name in sys.argv[1:]:
+        sys.stdout.write(Path(name).name + "\n")
+        sys.stdout.flush()
+        dispatch._CHOSEN["cpu"] = kernels_of(Path(name))
+        with torch.inference_mode():
+            run_all()
+
+
+def run_all() -> None:
+    """Every function of the library that answers."""
+    for dtype in (torch.bfloat16, torch.float32):
+        run_norms(dtype)
+        run_rotations(dtype)
+    run_sampling()
+    run_linears()
+    run_attention()
 
 
 def run_norms(dtype: torch.dtype) -> None:
