@@ -70,7 +70,7 @@ async def test_ensemble_and_llm_agree_on_stop_words(triton_server: RunningServer
 
 
 async def test_64_streams_of_64_tokens_equal_the_offline_engine(
-    triton_server: RunningServer, served_model: Path
+    triton_server: RunningServer, served_model: Path, served_dtype: str
 ) -> None:
     prompts = [f"def function_{index}(self, value):\n    " for index in range(64)]
     async with grpc_aio.InferenceServerClient(triton_server.grpc_url) as client:
@@ -95,8 +95,10 @@ async def test_64_streams_of_64_tokens_equal_the_offline_engine(
     params = [
         SamplingParams(max_tokens=64, temperature=0.800000011920929, seed=index, ignore_eos=True) for index in range(64)
     ]
-    with LLM(model=str(served_model), dtype="float32", num_blocks=1024, max_num_seqs=64) as llm:
-        expected = llm.generate(prompts, params)
+    with LLM(model=str(served_model), dtype=served_dtype, num_blocks=1024, max_num_seqs=64) as llm:
+        expected = llm.generate(prompts[:56], params[:56])
+        for prompt, alone in zip(prompts[56:], params[56:], strict=True):
+            expected += llm.generate(prompt, alone)
     for stream, output in zip(streams, expected, strict=True):
         assert not stream.errors
         assert sum(int(chunk.outputs["num_output_tokens"].sum()) for chunk in stream.chunks) == 64
