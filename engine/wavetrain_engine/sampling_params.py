@@ -37,8 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
             or output (Keskar et al. 2019, CTRL, section 4.1).
         presence_penalty, frequency_penalty: subtracted from logits of output tokens, once or by count.
         logit_bias: added to the logits of these token ids.
-        seed: same seed, same tokens, in any batch (in 16-bit dtypes but for rounding: docs/decisions/0004); None draws
-            a seed for the request.
+        seed: same seed, same tokens, in any batch (where that is but for rounding, docs/decisions/0004 says); None
+            draws a seed for the request.
         max_tokens: output tokens at most; None means as many as max_model_len leaves room for.
         min_tokens: no EOS, stop token or stop string before that many output tokens.
         stop: strings that end the output; matched on text, left out unless include_stop_str_in_output.
