@@ -31,6 +31,7 @@ TOOL_FOLDER = REPORTS / "tools" / "perf_analyzer"
 # The wheel's binary wants these by these names; the Triton server's wheel carries them under others.
 PERF_ANALYZER = ("env", f"LD_LIBRARY_PATH={TOOL_FOLDER / 'lib'}", str(TOOL_FOLDER / "perf_analyzer"))
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+_MAX_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,25 @@ def _entry(model: str, prompt: str, max_tokens: int) -> dict[str, list[object]]:
 
 
 def run_once(server: Target, model: str, data: Path, concurrency: int, num_requests: int) -> Path:
-    """Runs perf_analyzer for one case; returns its profile export."""
+    """Runs perf_analyzer for one case; returns its profile export.
+
+    It exports every output, and for a number in an empty one whatever lies in memory: where that is no number, the
+    file ends in the middle, and the case is run again.
+    """
     export = data.with_name(f"{model}_{concurrency}.export.json")
-    export.unlink(missing_ok=True)
     command = [
         *PERF_ANALYZER, "-m", model, "-u", server.url, "-i", "grpc", "--async", "--streaming",
         f"--concurrency-range={concurrency}", f"--request-count={num_requests}", "--input-data", str(data),
         f"--profile-export-file={export}", "--stability-percentage=999",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not export.exists():
-        raise SystemExit(f"perf_analyzer failed on {model}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return export
+    for _ in range(_MAX_RUNS):
+        export.unlink(missing_ok=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not export.exists():
+            raise SystemExit(f"perf_analyzer failed on {model}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        if export.read_bytes().rstrip().endswith(b"}"):
+            return export
+    raise SystemExit(f"perf_analyzer wrote only a part of {export} each time; run it again")
 
 
 def summarize(export: Path, concurrency: int, max_tokens: int) -> Figures:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_program import add_arguments, run
-from vllm_environment import environment, preloads
+from vllm_environment import preloads, variables
 
 
 class VLLM:
@@ -76,7 +76,7 @@ def main() -> None:
     if "LD_PRELOAD" not in os.environ and (libraries := preloads(Path(sys.prefix))):
         os.environ["LD_PRELOAD"] = ":".join(libraries)
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    os.environ.update({**environment(), **os.environ})
+    os.environ.update({**variables(), **os.environ})
     run(lambda args: VLLM(args.model, args.max_model_len), args)
 
 

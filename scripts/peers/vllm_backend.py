@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA's vllm_backend on the same Triton server as our `llm`, loaded by the same perf_analyzer in turns.
 
-The backend is a Python-based one: its model.py runs in the server's Python stub, with the vLLM environment on the
-path. Two things it must be given there: a NumPy below 2, as the wheel's server hands over empty tensors to a newer one;
-and a real interpreter for the processes that vLLM starts, since a stub's sys.executable is none.
+The backend is a Python-based one: its model.py runs in the server's Python stub. A stub takes the packages of the
+first `python` on PATH, here of an environment with vLLM's and a NumPy below 2, as the wheel's server hands broken
+tensors to a newer one. It opens text files as ASCII, which fails torch, and its sys.executable is none that vLLM could
+start processes with; a few lines before model.py mend both.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench_perf_analyzer import install_perf_analyzer, run_once, summarize, write_input
 from bench_target import REPORTS, Target, free_ports, started_target, where_measured
 from peers.results import Result
-from peers.vllm_environment import environment, preloads
+from peers.vllm_environment import preloads, variables
 from wavetrain_cli.triton_server import TritonServer, find_triton_server
 from wavetrain_engine.environment import Environment
 
@@ -37,6 +39,16 @@ _STOP_TIMEOUT_S = 30
 
 _CONFIG = """backend: "vllm"
 instance_group [ { count: 1 kind: KIND_MODEL } ]
+"""
+# What runs before theirs is imported; a stub runs no sitecustomize. The last names have moved within vLLM since.
+_MODEL = """import locale, os, shutil, sys
+os.environ["LD_PRELOAD"] = {preloads!r}
+locale.setlocale(locale.LC_ALL, "C.UTF-8")
+sys.executable = sys._base_executable = shutil.which("python")
+import vllm.inputs, vllm.v1.metrics.buckets, vllm.v1.metrics.loggers
+vllm.v1.metrics.loggers.build_1_2_5_buckets = vllm.v1.metrics.buckets.build_1_2_5_buckets
+sys.modules["vllm.inputs.data"] = vllm.inputs
+from vllm_backend_model import TritonPythonModel
 """
 
 
@@ -85,16 +97,19 @@ def started_vllm_backend(peers: Path, checkpoint: Path) -> Iterator[Target]:
     log = REPORTS / "peers" / "vllm_backend.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=_environment(peers, server))
+        # A session of its own: vLLM's processes outlive a server that ends before they do.
+        environment = _environment(peers, server)
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, start_new_session=True)
         try:
             _wait_until_ready(process, ports["http-port"], log)
             yield Target(url=f"127.0.0.1:{ports['grpc-port']}", served=checkpoint.name, pid=process.pid)
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _write_repository(peers: Path, checkpoint: Path, server: TritonServer) -> Path:
@@ -106,6 +121,10 @@ def _write_repository(peers: Path, checkpoint: Path, server: TritonServer) -> Pa
     # Copies, not links: the server refuses a backend that lies outside of the folder.
     shutil.copytree(python, backends / "python")
     shutil.copytree(peers / "vllm_backend" / "src", backends / "vllm")
+    (backends / "vllm" / "model.py").rename(backends / "vllm" / "vllm_backend_model.py")
+    (backends / "vllm" / "model.py").write_text(
+        _MODEL.format(preloads=":".join(preloads(peers / "vllm"))), encoding="utf-8"
+    )
     version.mkdir(parents=True)
     (version.parent / "config.pbtxt").write_text(_CONFIG, encoding="utf-8")
     arguments = {"model": str(checkpoint), "dtype": "bfloat16", "max_model_len": 4096}
@@ -115,15 +134,13 @@ def _write_repository(peers: Path, checkpoint: Path, server: TritonServer) -> Pa
 
 
 def _environment(peers: Path, server: TritonServer) -> dict[str, str]:
-    venv = peers / "vllm"
-    packages = next((venv / "lib").glob("python3*")) / "site-packages"
     return {
-        **environment(),
+        **variables(),
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(peers / "numpy1"), str(packages)]),
+        # Its compiled graphs do not load under another NumPy, and would be made again and again.
+        "VLLM_CACHE_ROOT": str(peers / "vllm_backend_cache"),
         "LD_LIBRARY_PATH": os.pathsep.join(map(str, server.library_path)),
-        "LD_PRELOAD": ":".join(preloads(venv)),
-        "PATH": os.pathsep.join([str(venv / "bin"), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(peers / "vllm_served" / "bin"), os.environ["PATH"]]),
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 KV_CACHE_GIB = 2
 
 
-def environment() -> dict[str, str]:
+def variables() -> dict[str, str]:
     """Variables to set where they are not set.
 
     Left to itself vLLM keeps one core for its scheduler and computes on the others, on two cores with half of them.
