@@ -18,7 +18,7 @@ import torch
 from fakes.compiled_kernels import are_compiled_kernels_to_be_had
 from fakes.real_core import RealCore
 from fakes.tiny_checkpoints import TinyCheckpoints
-from wavetrain_engine.request import TokenLogprobs
+from wavetrain_engine.request import FinishReason, TokenLogprobs
 
 pytestmark = pytest.mark.skipif(
     not are_compiled_kernels_to_be_had(), reason="no compiled kernels here, and PyTorch's results depend on the batch"
@@ -151,3 +151,32 @@ def test_every_family(checkpoints: TinyCheckpoints, family: str) -> None:
         assert requests.together(core) == alone
         assert (core.core.stats().num_preemptions > 0) == ("tiny pool" in way)
         core.close()
+
+
+@pytest.mark.parametrize("trial", range(12))
+def test_comings_and_goings(checkpoints: TinyCheckpoints, trial: int) -> None:
+    """Requests arrive and are cancelled at random, under random limits; nobody who stays notices."""
+    rng = random.Random(trial)
+    requests = Requests(checkpoints.get("mistral", dtype=torch.bfloat16, with_tokenizer=False), 12, max_tokens=30)
+    alone = requests.alone(12)
+    core = requests.core(
+        max_num_batched_tokens=rng.choice([16, 33, 200]),
+        max_num_seqs=rng.choice([3, 12]),
+        num_blocks=rng.choice([22, 40, 200]),
+        block_size=rng.choice([8, 16]),
+        async_scheduling=rng.random() < 0.5,
+        enable_prefix_caching=rng.random() < 0.7,
+    )
+    waiting = rng.sample(range(12), 12)
+    leaving = set(waiting[:4])
+    while waiting or core.core.has_work:
+        if waiting and rng.random() < 0.3:
+            requests.add(core, waiting.pop())
+        if leaving and rng.random() < 0.05:
+            core.core.cancel(f"r{leaving.pop()}")
+        core.step()
+    core.run()
+    stayed = [index for index in range(12) if core.last(f"r{index}").finish_reason is FinishReason.LENGTH]
+    assert len(stayed) >= 8
+    assert [requests.answer(core, index) for index in stayed] == [alone[index] for index in stayed]
+    core.close()
