@@ -63,7 +63,7 @@ def measure_served(peers: Path, engine_flags: Sequence[str], rounds: int) -> lis
         data = {model: write_input(prompts, model) for model in targets}
         for model, server in targets.items():
             run_once(server, model, data[model], 4, 8)
-        return [result for streams in CONCURRENCY for result in _measure(targets, data, streams, min(rounds, 3))]
+        return [result for streams in CONCURRENCY for result in _measure(targets, data, streams, rounds)]
 
 
 def _measure(targets: dict[str, Target], data: dict[str, Path], streams: int, rounds: int) -> list[Result]:
