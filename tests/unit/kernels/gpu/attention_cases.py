@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps to attend over, with everything that may go wrong in them: scattered blocks, NaN in stale slots, odd lengths.
+
+The oracle is the reference in float32, on the numbers that the kernel under test is given.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.reference.kernels import REFERENCE
+
+# T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension.
+
+# paged_attention of a kernel set.
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None]
+
+# What an element of `out` that nobody writes keeps.
+UNWRITTEN = 77.0
+
+# How far from the oracle a result may be, by what it is computed from. The oracle is exact beside these.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The sizes of a layer's attention."""
+
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+
+
+@dataclass(eq=False)
+class AttentionCase:
+    """One step on the device under test. `query` is a slice of a wider tensor, as of a fused projection."""
+
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    metadata: AttentionMetadata
+    scale: float
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+    def attend(self, paged_attention: Attention) -> Tensor:
+        """Returns [T, Hq, D]: what a `paged_attention` of a kernel set writes; UNWRITTEN where it writes nothing."""
+        out = torch.full(self.query.shape, UNWRITTEN, dtype=self.query.dtype, device=self.query.device)
+        paged_attention(
+            out,
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.metadata,
+            self.scale,
+            self.sliding_window,
+            self.soft_cap,
+        )
+        return out
+
+    def expected(self) -> Tensor:
+        """Returns [T, Hq, D] float32 on the CPU: the reference's answer, UNWRITTEN where no row has the token."""
+        query, key_cache, value_cache = (x.float().cpu() for x in (self.query, self.key_cache, self.value_cache))
+        metadata = self.metadata
+        on_host = AttentionMetadata(
+            *(x.cpu() for x in (metadata.query_start_loc, metadata.seq_lens, metadata.block_tables)),
+            metadata.slot_mapping.cpu(),
+            metadata.max_query_len,
+            metadata.max_seq_len,
+        )
+        out = torch.full(query.shape, UNWRITTEN)
+        REFERENCE.paged_attention(
+            out, query, key_cache, value_cache, on_host, self.scale, self.sliding_window, self.soft_cap
+        )
+        return out
+
+
+def make_case(
+    rows: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: Heads | None = None,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    seed: int = 0,
+) -> AttentionCase:
+    """Builds a step of rows (number of queries, length of the context with them) with random contents.
+
+    Rows of (0, 0) are the padding of a captured graph. All slots that belong to no context hold NaN, the blocks of a
+    context are scattered, and the tables of short rows are filled up with a block of NaN. Some keys stand out, so that
+    sums are rescaled on the way.
+    """
+    heads = heads or Heads()
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-seq_len // heads.block_size) for _, seq_len in rows]
+    num_blocks = sum(counts) + 2
+    free = list(range(1, num_blocks))
+    random.Random(seed).shuffle(free)
+    width = max(counts, default=0) + 1
+    tables = torch.zeros(len(rows), width, dtype=torch.int32)
+    shape = (num_blocks, heads.num_kv_heads, heads.block_size, heads.head_dim)
+    caches = torch.full((2, *shape), float("nan"))
+    slots: list[int] = []
+    for row, (query_len, seq_len) in enumerate(rows):
+        blocks = [free.pop() for _ in range(counts[row])]
+        tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        row_slots = [blocks[p // heads.block_size] * heads.block_size + p % heads.block_size for p in range(seq_len)]
+        contents = torch.randn(2, seq_len, heads.num_kv_heads, heads.head_dim, generator=generator)
+        contents[0, ::7] *= 2
+        at = torch.tensor(row_slots, dtype=torch.int64)
+        caches[:, at // heads.block_size, :, at % heads.block_size] = contents.transpose(0, 1)
+        slots += row_slots[seq_len - query_len :]
+    num_tokens = sum(query_len for query_len, _ in rows)
+    fused = torch.randn(num_tokens, heads.num_heads + 2 * heads.num_kv_heads, heads.head_dim, generator=generator)
+    metadata = AttentionMetadata.build(
+        [query_len for query_len, _ in rows],
+        [seq_len for _, seq_len in rows],
+        tables.to(device),
+        torch.tensor(slots, dtype=torch.int64, device=device),
+    )
+    return AttentionCase(
+        query=fused.to(dtype).to(device)[:, : heads.num_heads],
+        key_cache=caches[0].to(dtype).to(device),
+        value_cache=caches[1].to(dtype).to(device),
+        metadata=metadata,
+        scale=heads.head_dim**-0.5,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
+
+
+def assert_attends(case: AttentionCase, paged_attention: Attention) -> None:
+    """Asserts that a `paged_attention` answers as the reference does, to the type's precision."""
+    result, expected = case.attend(paged_attention), case.expected()
+    tolerance = TOLERANCE[case.query.dtype]
+    torch.testing.assert_close(result.float().cpu(), expected, atol=tolerance, rtol=tolerance)
