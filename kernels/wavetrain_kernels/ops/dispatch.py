@@ -24,10 +24,22 @@ _LOG = logging.getLogger(__name__)
 # Makes a set ready, with a folder for what it compiles; raises UnsupportedDevice where this machine cannot have it.
 _Loader = Callable[[Path], KernelSet]
 
+
+def _load_gpu_kernels(cache_dir: Path) -> KernelSet:
+    try:
+        # Not at the top: a machine that serves from its CPU need not have triton.
+        from wavetrain_kernels.gpu.kernels import load_gpu_kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise UnsupportedDevice("the gpu kernels need triton, which is not installed: pip install triton") from error
+    return load_gpu_kernels(cache_dir)
+
+
 # Per device type, the sets that may serve it by name, best first. A new set is one entry here.
 _AVAILABLE: dict[str, dict[str, _Loader]] = {
     "cpu": {"cpu": load_cpu_kernels, "reference": lambda _: REFERENCE},
-    "cuda": {"reference": lambda _: REFERENCE},
+    "cuda": {"gpu": _load_gpu_kernels, "reference": lambda _: REFERENCE},
 }
 
 _CHOSEN: dict[str, KernelSet] = {}

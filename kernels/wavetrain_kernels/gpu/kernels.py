@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU functions as one kernel set."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+from triton import knobs
+
+from wavetrain_kernels.errors import UnsupportedDevice
+from wavetrain_kernels.gpu.launch import count_compilations
+from wavetrain_kernels.kernel_set import KernelSet
+from wavetrain_kernels.reference.kernels import REFERENCE
+
+_LOG = logging.getLogger(__name__)
+
+# Triton's matrix products need Volta's tensor cores.
+_OLDEST_CAPABILITY = (7, 0)
+
+GPU = dataclasses.replace(REFERENCE, name="gpu")
+
+
+def load_gpu_kernels(cache_dir: Path) -> KernelSet:
+    """Returns the kernels for this machine's GPU. What Triton compiles is kept below `cache_dir`.
+
+    Raises:
+        UnsupportedDevice: there is no GPU here, or it is too old.
+    """
+    if not torch.cuda.is_available():
+        raise UnsupportedDevice("the gpu kernels need an NVIDIA GPU, and torch sees none")
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST_CAPABILITY:
+        raise UnsupportedDevice(
+            f"the gpu kernels need compute capability {_version(_OLDEST_CAPABILITY)} or newer, "
+            f"{torch.cuda.get_device_name()} has {_version(capability)}"
+        )
+    knobs.cache.dir = str(cache_dir / "triton")
+    count_compilations()
+    _LOG.info("GPU kernels for %s, compute capability %s", torch.cuda.get_device_name(), _version(capability))
+    return GPU
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
