@@ -8,6 +8,7 @@ launches every kernel that serving needs, and `compile_count` must stand still f
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,12 @@ from typing import Any
 import torch
 from triton import knobs
 
+_LOG = logging.getLogger(__name__)
+
 KIB = 1024
+
+# The types that our kernels take, as Triton spells them.
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     if 0 not in grid:
         kernel[grid](*args, **options)
+
+
+def cdiv(dividend: int, divisor: int) -> int:
+    """Returns the quotient rounded up."""
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(size: int) -> int:
+    """Returns the least power of two that is not below `size`: what `tl.arange` can span."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@functools.cache
+def fall_back(operation: str, reason: str) -> None:
+    """Says, once, that the slow reference does something because the kernels cannot."""
+    _LOG.warning("%s: no GPU kernel for %s, the reference answers", operation, reason)
 
 
 @dataclass(slots=True)
