@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.lora_adapters import LoraAdapters, LoraBatch
 from wavetrain_kernels.program import Program
 
 
@@ -39,6 +40,10 @@ class KernelSet:
         embedding: (out, table, token_ids, scale, is_packed)
         linear: (out, x, packed, bias)
         gated_linear: (out, x, packed, bias, activation)
+        sort_by_adapter: (sorted_tokens_out, slot_starts_out, token_slots)
+        num_lora_parts: (num_tokens, in_features) -> partial sums that `lora_shrink` leaves
+        lora_shrink: (parts_out, x, adapters, batch)
+        lora_expand: (out, parts, adapters, batch), added to `out`
     """
 
     name: str
@@ -60,3 +65,7 @@ class KernelSet:
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     sample_greedy: Callable[[Tensor, Tensor, Tensor], None]
     top_logprobs: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    sort_by_adapter: Callable[[Tensor, Tensor, Tensor], None]
+    num_lora_parts: Callable[[int, int], int]
+    lora_shrink: Callable[[Tensor, Tensor, LoraAdapters, LoraBatch], None]
+    lora_expand: Callable[[Tensor, Tensor, LoraAdapters, LoraBatch], None]

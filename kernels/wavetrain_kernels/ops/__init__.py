@@ -5,11 +5,13 @@ The KV cache of a layer is two tensors [num_blocks, num_kv_heads, block_size, he
 block_id * block_size + offset.
 """
 
+from wavetrain_kernels.lora_adapters import LoraAdapters, LoraBatch
 from wavetrain_kernels.ops.attention import AttentionMetadata, paged_attention
 from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set, new_program
 from wavetrain_kernels.ops.embedding import embedding
 from wavetrain_kernels.ops.kv_cache import allocate_kv_cache
 from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight
+from wavetrain_kernels.ops.lora import lora_expand, lora_shrink, sort_by_adapter
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotate_and_cache
 from wavetrain_kernels.ops.sampling import (
@@ -25,6 +27,8 @@ from wavetrain_kernels.program import Program
 __all__ = [
     "AttentionMetadata",
     "GatedActivation",
+    "LoraAdapters",
+    "LoraBatch",
     "PackedWeight",
     "Program",
     "add_rms_norm",
@@ -37,6 +41,8 @@ __all__ = [
     "implementation",
     "kernel_set",
     "linear",
+    "lora_expand",
+    "lora_shrink",
     "new_program",
     "pack_weight",
     "paged_attention",
@@ -44,5 +50,6 @@ __all__ = [
     "rotate_and_cache",
     "sample",
     "sample_greedy",
+    "sort_by_adapter",
     "top_logprobs",
 ]

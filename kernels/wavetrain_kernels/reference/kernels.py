@@ -15,6 +15,7 @@ from wavetrain_kernels.reference.attention import paged_attention
 from wavetrain_kernels.reference.embedding import embedding
 from wavetrain_kernels.reference.gumbel import sample
 from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight
+from wavetrain_kernels.reference.lora import lora_expand, lora_shrink, num_lora_parts, sort_by_adapter
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.rotary import rotate_and_cache
 from wavetrain_kernels.reference.sampling import (
@@ -55,4 +56,8 @@ REFERENCE = KernelSet(
     sample=sample,
     sample_greedy=sample_greedy,
     top_logprobs=top_logprobs,
+    sort_by_adapter=sort_by_adapter,
+    num_lora_parts=num_lora_parts,
+    lora_shrink=lora_shrink,
+    lora_expand=lora_expand,
 )
