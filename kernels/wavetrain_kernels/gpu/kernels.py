@@ -11,6 +11,7 @@ import torch
 from triton import knobs
 
 from wavetrain_kernels.errors import UnsupportedDevice
+from wavetrain_kernels.gpu import lora
 from wavetrain_kernels.gpu.launch import count_compilations
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -20,7 +21,14 @@ _LOG = logging.getLogger(__name__)
 # Triton's matrix products need Volta's tensor cores.
 _OLDEST_CAPABILITY = (7, 0)
 
-GPU = dataclasses.replace(REFERENCE, name="gpu")
+GPU = dataclasses.replace(
+    REFERENCE,
+    name="gpu",
+    sort_by_adapter=lora.sort_by_adapter,
+    num_lora_parts=lora.num_lora_parts,
+    lora_shrink=lora.lora_shrink,
+    lora_expand=lora.lora_expand,
+)
 
 
 def load_gpu_kernels(cache_dir: Path) -> KernelSet:
