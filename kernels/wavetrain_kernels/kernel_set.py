@@ -29,7 +29,8 @@ class KernelSet:
         new_program: (capacity) -> an empty Program; None: this set records nothing
         rms_norm: (out, x, weight, eps, weight_offset)
         add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
-        rotate_and_cache: (query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping)
+        rotate_and_cache: (query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping,
+            query_norm, key_norm, eps); both norms or neither
         paged_attention: (out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
         apply_penalties: (logits, token_ids, output_counts, repetition, presence, frequency), in place
         apply_top_k_top_p_min_p: (logits, top_k, top_p, min_p), in place
@@ -52,7 +53,23 @@ class KernelSet:
     new_program: Callable[[int], Program] | None = None
     rms_norm: Callable[[Tensor, Tensor, Tensor, float, float], None]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], None]
-    rotate_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    rotate_and_cache: Callable[
+        [
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor,
+            Tensor | None,
+            Tensor | None,
+            float,
+        ],
+        None,
+    ]
     paged_attention: Callable[
         [Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None
     ]

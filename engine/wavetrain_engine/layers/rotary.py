@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from wavetrain_engine.layers.attention import KVCache
+from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rope_config import RopeConfig
 from wavetrain_kernels import ops
 
@@ -51,14 +52,35 @@ class RotaryEmbedding(nn.Module):
         self.cos_sin_cache = cos_sin_table(frequencies.to(device), self._max_positions, factor, self._dtype)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, kv_cache: KVCache, slot_mapping: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        kv_cache: KVCache,
+        slot_mapping: Tensor,
+        norms: tuple[RMSNorm, RMSNorm] | None = None,
     ) -> Tensor:
         """Returns query [T, Hq, D] rotated by positions [T]; stores the rotated key and the value [T, Hkv, D].
 
         Positions must be below max_positions; where they go, `slot_mapping` [T] says, -1 being nowhere.
+
+        Args:
+            norms: of the heads of query and key before they are rotated, with one eps; None: they are not normalized.
         """
+        query_norm, key_norm = (None, None) if norms is None else (norm.weight for norm in norms)
         return ops.rotate_and_cache(
-            query, key, value, positions, self.cos_sin_cache, kv_cache.key, kv_cache.value, slot_mapping
+            query,
+            key,
+            value,
+            positions,
+            self.cos_sin_cache,
+            kv_cache.key,
+            kv_cache.value,
+            slot_mapping,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            eps=0.0 if norms is None else norms[0].eps,
         )
 
 

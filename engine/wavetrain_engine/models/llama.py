@@ -42,13 +42,12 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
         qkv = self.qkv_proj(x).split(self.split_sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
-        query, key = self.normalize(query, key)
-        query = self.rotary(query, key, value, positions, kv_cache, metadata.slot_mapping)
+        query = self.rotary(query, key, value, positions, kv_cache, metadata.slot_mapping, self.head_norms())
         return self.o_proj(self.attention(query, kv_cache, metadata))
 
-    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns query [T, Hq, D] and key [T, Hkv, D] as they go into the rotation; Qwen3 normalizes here."""
-        return query, key
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """Returns the norms of each head of query and key before the rotation; None: a family without them."""
+        return None
 
 
 class LlamaLayer(nn.Module):

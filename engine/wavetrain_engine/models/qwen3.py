@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rotary import RotaryEmbedding
@@ -22,8 +21,8 @@ class Qwen3Attention(LlamaAttention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
 
-    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q_norm(query), self.k_norm(key)
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm]:
+        return self.q_norm, self.k_norm
 
 
 class Qwen3Layer(LlamaLayer):

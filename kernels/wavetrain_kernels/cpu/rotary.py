@@ -36,12 +36,16 @@ class RotaryKernels:
         key_cache: Tensor,
         value_cache: Tensor,
         slot_mapping: Tensor,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        eps: float,
     ) -> None:
         """query_out [T, Hq, D] = rotated query; the caches get the rotated key and the value [T, Hkv, D]."""
         kind = _KINDS.get((query.dtype, cos_sin_cache.dtype))
         if kind is None:
+            inputs = (query, key, value, positions, cos_sin_cache)
             reference.rotate_and_cache(
-                query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping
+                query_out, *inputs, key_cache, value_cache, slot_mapping, query_norm, key_norm, eps
             )
             return
         query, key, value = _whole_heads(query), _whole_heads(key), _whole_heads(value)
@@ -63,10 +67,13 @@ class RotaryKernels:
             key_cache.data_ptr(),
             value_cache.data_ptr(),
             slot_mapping.data_ptr(),
+            None if query_norm is None else query_norm.contiguous().data_ptr(),
+            None if key_norm is None else key_norm.contiguous().data_ptr(),
             num_tokens,
             head_dim,
             cos_sin_cache.shape[2],
             key_cache.shape[2],
+            eps,
             kind,
         )
 

@@ -22,12 +22,17 @@ def rotate_and_cache(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
+    *,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Returns the rotated query [T, Hq, D], contiguous; writes the rotated key, and the value, to the caches in place.
 
-    The first R dimensions of query and key [T, Hkv, D] are rotated by the positions [T]: dimension i is paired with
-    i + R/2. The others are passed through. Computes in the wider dtype of the input and cos_sin_cache, and rounds to
-    the input's. Inputs may be any views.
+    With norms each head of query and key is scaled to unit root-mean-square first, then by the norm's weight, rounded
+    as `rms_norm` does it. Of what comes out, the first R dimensions of query and key [T, Hkv, D] are rotated by the
+    positions [T]: dimension i is paired with i + R/2. The others are passed through. Computes in the wider dtype of
+    the input and cos_sin_cache, and rounds to the input's. Inputs may be any views.
 
     Args:
         positions: int64 or int32, each less than max_position (not checked: that would read the tensor).
@@ -35,13 +40,16 @@ def rotate_and_cache(
         key_cache, value_cache: [num_blocks, Hkv, block_size, D].
         slot_mapping: [T] int64; token t goes to block slot // block_size, offset slot % block_size; a token with slot
             -1 is not written. No slot may occur twice.
+        query_norm, key_norm: [D], shared by all heads; both or neither.
+        eps: of the norms.
 
     Raises:
-        ShapeError: a tensor has another shape than above, or a cache is not contiguous.
-        DtypeError: query, key, value and caches are not of one floating-point dtype, positions are not integers or
-            slot_mapping is not int64.
+        ShapeError: a tensor has another shape than above, a cache is not contiguous, or there is one norm alone.
+        DtypeError: query, key, value, norms and caches are not of one floating-point dtype, positions are not integers
+            or slot_mapping is not int64.
     """
     _check_heads(query, key, value)
+    _check_norms(query, query_norm, key_norm)
     _check_positions(query, positions, cos_sin_cache)
     check_caches(key_cache, value_cache, key)
     if key.shape[1] != key_cache.shape[1]:
@@ -52,9 +60,8 @@ def rotate_and_cache(
         raise DtypeError(f"slot_mapping must be int64, got {slot_mapping.dtype}")
     kernels = implementation(query.device)
     query_out = kernels.empty(query.shape, query.dtype, query.device)
-    kernels.rotate_and_cache(
-        query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping
-    )
+    inputs = (query, key, value, positions, cos_sin_cache)
+    kernels.rotate_and_cache(query_out, *inputs, key_cache, value_cache, slot_mapping, query_norm, key_norm, eps)
     return query_out
 
 
@@ -67,6 +74,18 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise DtypeError(
             f"query, key and value must have one floating-point dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
         )
+
+
+def _check_norms(query: Tensor, query_norm: Tensor | None, key_norm: Tensor | None) -> None:
+    if query_norm is None and key_norm is None:
+        return
+    if query_norm is None or key_norm is None:
+        raise ShapeError("query_norm and key_norm go together, got one of them")
+    for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+        if norm.shape != query.shape[2:]:
+            raise ShapeError(f"{name} must be [D] = [{query.shape[2]}], got {list(norm.shape)}")
+        if norm.dtype != query.dtype:
+            raise DtypeError(f"query and {name} must have one dtype, got {query.dtype} and {norm.dtype}")
 
 
 def _check_positions(query: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.reference.kv_cache import write_kv_cache
+from wavetrain_kernels.reference.norm import rms_norm
 
 
 def rotate_and_cache(
@@ -19,11 +20,23 @@ def rotate_and_cache(
     key_cache: Tensor,
     value_cache: Tensor,
     slot_mapping: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
 ) -> None:
-    """query_out = rotated query; the caches get the rotated key, and the value."""
+    """query_out = rotated query; the caches get the rotated key, and the value. Norms come before the rotation."""
+    query, key = _normalized(query, query_norm, eps), _normalized(key, key_norm, eps)
     key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     rotary_embedding(query_out, key_out, query, key, positions, cos_sin_cache)
     write_kv_cache(key_out, value, key_cache, value_cache, slot_mapping)
+
+
+def _normalized(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rms_norm(out, x, weight, eps, 0.0)
+    return out
 
 
 def rotary_embedding(

@@ -58,7 +58,10 @@ def run_rotations(dtype: torch.dtype) -> None:
         slots[1::3] = -1
         for half in (0, head_dim // 2, head_dim // 4):
             table = torch.randn(11, 2, half).to(table_dtype)
-            ops.rotate_and_cache(query, key, value, torch.full((num_tokens,), 10), table, *caches, slots)
+            step = (query, key, value, torch.full((num_tokens,), 10), table, *caches, slots)
+            ops.rotate_and_cache(*step)
+            norm = torch.randn(head_dim).to(dtype)
+            ops.rotate_and_cache(*step, query_norm=norm, key_norm=norm, eps=1e-6)
 
 
 def run_linears() -> None:
@@ -115,7 +118,7 @@ def run_sampling() -> None:
 def _sample(logits: Tensor, seeds: Tensor, positions: Tensor, token_ids: Tensor) -> None:
     num_rows, size = logits.shape
     ops.sample_greedy(logits)
-    ops.sample(logits, seeds, positions)
+    temperature = torch.arange(num_rows) % 3 / 2.0
     for k in {0, 1, min(5, size), size}:
         ops.top_logprobs(logits, token_ids, k)
     one = torch.ones(num_rows)
@@ -123,8 +126,10 @@ def _sample(logits: Tensor, seeds: Tensor, positions: Tensor, token_ids: Tensor)
     ops.apply_penalties(logits.clone(), seen, counts, one * 1.5, one * 0.5, one * 0.25)
     for k in (1, 3, size - 1):
         top_k = torch.full((num_rows,), k)
-        ops.apply_top_k_top_p_min_p(logits.clone(), top_k=top_k, top_p=one * 0.7, min_p=one * 0.01)
-    ops.apply_top_k_top_p_min_p(logits.clone(), top_p=one * 0.999)
+        lowest = ops.filter_thresholds(logits, temperature, top_k=top_k, top_p=one * 0.7, min_p=one * 0.01)
+        ops.sample(logits, seeds, positions, temperature, lowest)
+    ops.filter_thresholds(logits, one, top_p=one * 0.999)
+    ops.sample(logits, seeds, positions, one)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,23 @@ def test_skipped_slots_write_nothing():
         assert cache.isnan().sum() == cache.numel() - written[1].numel()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (24, 8), (80, 80), (33, 32), (128, 128)])
+def test_norms_come_before_the_rotation(dtype, head_dim, rotary_dim):
+    fused = (3 * torch.randn(5, 9, head_dim)).to(dtype)
+    query, key, value = fused[:, :5], fused[:, 5:7], fused[:, 7:]
+    positions, slots = torch.tensor(POSITIONS), torch.tensor([30, 5, -1, 17, 6])
+    table = cos_sin_cache(32, rotary_dim).to(dtype)
+    query_norm, key_norm = torch.randn(2, head_dim).to(dtype)
+    caches, expected = make_caches(2, head_dim, dtype), make_caches(2, head_dim, dtype)
+    norms = {"query_norm": query_norm, "key_norm": key_norm, "eps": 1e-3}
+    rotated = ops.rotate_and_cache(query, key, value, positions, table, *caches, slots, **norms)
+    normalized = ops.rms_norm(query, query_norm, 1e-3), ops.rms_norm(key, key_norm, 1e-3)
+    assert torch.equal(rotated, ops.rotate_and_cache(*normalized, value, positions, table, *expected, slots))
+    for cache, other in zip(caches, expected, strict=True):
+        assert torch.equal(cache.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
 def test_many_tokens_in_any_order():
     """Enough for several threads."""
     num_tokens = 300
@@ -166,6 +183,12 @@ GOOD = {
         ({"cos_sin_cache": torch.zeros(8, 2, 8).int()}, DtypeError, "cos_sin_cache must be floating"),
         ({"slot_mapping": torch.zeros(3).int()}, DtypeError, "slot_mapping must be int64"),
         ({"key_cache": torch.zeros(5, 2, 4, 16).half()}, DtypeError, "caches hold torch.float16 and torch.float32"),
+        ({"query_norm": torch.zeros(16)}, ShapeError, "query_norm and key_norm go together"),
+        ({"key_norm": torch.zeros(16)}, ShapeError, "query_norm and key_norm go together"),
+        ({"query_norm": torch.zeros(8), "key_norm": torch.zeros(16)}, ShapeError, "query_norm must be .D. = .16."),
+        ({"query_norm": torch.zeros(16), "key_norm": torch.zeros(4, 16)}, ShapeError, "key_norm must be .D. = .16."),
+        ({"query_norm": torch.zeros(16).half(), "key_norm": torch.zeros(16)}, DtypeError, "query and query_norm"),
+        ({"query_norm": torch.zeros(16), "key_norm": torch.zeros(16).half()}, DtypeError, "query and key_norm"),
     ],
 )
 def test_arguments_that_do_not_fit(changes, error, message):

@@ -65,8 +65,9 @@ void wavetrain_rms_norm(void* out, void* residual_out, const void* x, const void
 void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stride, int64_t query_head_stride, int64_t query_heads,
                                 const void* key, int64_t key_stride, int64_t key_head_stride, int64_t key_heads, const void* value,
                                 int64_t value_stride, int64_t value_head_stride, const int64_t* positions, const void* table,
-                                void* key_cache, void* value_cache, const int64_t* slots, int64_t num_tokens, int64_t size,
-                                int64_t half, int64_t block_size, int kind) {
+                                void* key_cache, void* value_cache, const int64_t* slots, const void* query_norm,
+                                const void* key_norm, int64_t num_tokens, int64_t size, int64_t half, int64_t block_size,
+                                float eps, int kind) {
     auto run = [&](auto element, auto entry) {
         using T = decltype(element);
         using C = decltype(entry);
@@ -79,10 +80,13 @@ void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stri
                                 (T*)key_cache,
                                 (T*)value_cache,
                                 slots,
+                                (const T*)query_norm,
+                                (const T*)key_norm,
                                 num_tokens,
                                 size,
                                 half,
-                                block_size});
+                                block_size,
+                                eps});
     };
     if (kind == 0) run(bf16(), bf16());
     else if (kind == 1) run(bf16(), float());

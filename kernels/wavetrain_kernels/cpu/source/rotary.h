@@ -5,6 +5,7 @@
 // bf16, each product is rounded, as PyTorch has it.
 #pragma once
 
+#include "norm.h"
 #include "program.h"
 #include "simd.h"
 #include "threads.h"
@@ -28,7 +29,9 @@ struct Rotation {
     const C* table;        // [max_position, 2, half]: cosines, then sines
     T *key_cache, *value_cache;  // [num_blocks, heads, block_size, size]
     const int64_t* slots;  // -1: the token's key and value are not stored
+    const T *query_norm, *key_norm;  // [size], by which heads are normalized before they are rotated; null: they are not
     int64_t count, size, half, block_size;   // count: tokens
+    float eps;
 
     void bind(const Step& step, int64_t) { positions = step.positions, slots = step.slots, count = step.num_tokens; }
     int64_t num_tokens() const { return count; }
@@ -44,7 +47,7 @@ struct WiderOf<bf16, bf16> {
     using type = bf16;
 };
 
-// Rotates the first 2 * half of `size` elements and copies the others.
+// Rotates the first 2 * half of `size` elements and copies the others; out may be x.
 template <typename T, typename C>
 inline void rotate_head(T* out, const T* x, const C* cosines, const C* sines, int64_t half, int64_t size) {
     using Wide = typename WiderOf<T, C>::type;
@@ -62,7 +65,19 @@ inline void rotate_head(T* out, const T* x, const C* cosines, const C* sines, in
         store(out + at, sub(product(first, cosine), product(second, sine)), count);
         store(out + half + at, add(product(second, cosine), product(first, sine)), count);
     }
-    memcpy(out + 2 * half, x + 2 * half, (size_t)(size - 2 * half) * sizeof(T));
+    if (out != x) memcpy(out + 2 * half, x + 2 * half, (size_t)(size - 2 * half) * sizeof(T));
+}
+
+// The same after the norm, where there is one: what it makes is rounded and put in place, and rotated there.
+template <typename T, typename C>
+inline void norm_and_rotate_head(T* out, const T* x, const T* norm, const C* cosines, const C* sines, const Rotation<T, C>& op) {
+    if (norm) {
+        Norm<T> row{};
+        row.weight = norm, row.size = op.size, row.eps = op.eps;
+        normalize_row<T>(out, x, nullptr, nullptr, row);
+        x = out;
+    }
+    rotate_head(out, x, cosines, sines, op.half, op.size);
 }
 
 template <typename T, typename C>
@@ -71,12 +86,12 @@ inline void rotate_token(const Rotation<T, C>& op, int64_t token) {
     const C* sines = cosines + op.half;
     T* out = op.out + token * op.query.num_heads * op.size;
     for (int64_t head = 0; head < op.query.num_heads; ++head)
-        rotate_head(out + head * op.size, op.query.at(token, head), cosines, sines, op.half, op.size);
+        norm_and_rotate_head(out + head * op.size, op.query.at(token, head), op.query_norm, cosines, sines, op);
     int64_t slot = op.slots[token];
     if (slot < 0) return;
     for (int64_t head = 0; head < op.key.num_heads; ++head) {
         int64_t row = (slot / op.block_size * op.key.num_heads + head) * op.block_size + slot % op.block_size;
-        rotate_head(op.key_cache + row * op.size, op.key.at(token, head), cosines, sines, op.half, op.size);
+        norm_and_rotate_head(op.key_cache + row * op.size, op.key.at(token, head), op.key_norm, cosines, sines, op);
         memcpy(op.value_cache + row * op.size, op.value.at(token, head), (size_t)op.size * sizeof(T));
     }
 }
