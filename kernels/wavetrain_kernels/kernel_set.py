@@ -41,6 +41,10 @@ class KernelSet:
         embedding: (out, table, token_ids, scale, is_packed)
         linear: (out, x, packed, bias)
         gated_linear: (out, x, packed, bias, activation)
+        empty_experts: (num_experts, out_features, in_features, is_gated, dtype, device) -> the data of PackedExperts
+        pack_expert: (packed, expert, weight, is_gated)
+        route_experts: (weights_out, expert_ids_out, logits, renormalize)
+        fused_moe: (out, x, gate_up, down, weights, expert_ids, num_units, activation)
         sort_by_adapter: (sorted_tokens_out, slot_starts_out, token_slots)
         num_lora_parts: (num_tokens, in_features) -> partial sums that `lora_shrink` leaves
         lora_shrink: (parts_out, x, adapters, batch)
@@ -77,6 +81,10 @@ class KernelSet:
     embedding: Callable[[Tensor, Tensor, Tensor, float, bool], None]
     linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
     gated_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str], None]
+    empty_experts: Callable[[int, int, int, bool, torch.dtype, torch.device], Tensor]
+    pack_expert: Callable[[Tensor, int, Tensor, bool], None]
+    route_experts: Callable[[Tensor, Tensor, Tensor, bool], None]
+    fused_moe: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, str], None]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     apply_top_k_top_p_min_p: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], None]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], None]

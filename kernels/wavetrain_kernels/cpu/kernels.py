@@ -15,6 +15,7 @@ from wavetrain_kernels.cpu.instruction_set import InstructionSet, available_leve
 from wavetrain_kernels.cpu.library import Library, openmp_runtime
 from wavetrain_kernels.cpu.linear import LinearKernels
 from wavetrain_kernels.cpu.memory import huge_zeros
+from wavetrain_kernels.cpu.moe import MoeKernels
 from wavetrain_kernels.cpu.norm import NormKernels
 from wavetrain_kernels.cpu.program import CpuProgram
 from wavetrain_kernels.cpu.rotary import RotaryKernels
@@ -60,6 +61,7 @@ def kernels_of(path: Path) -> KernelSet:
     """
     library = Library(path)
     linear, norm, sampling = LinearKernels(library), NormKernels(library), SamplingKernels(library)
+    moe = MoeKernels(library)
     return dataclasses.replace(
         REFERENCE,
         name="cpu",
@@ -73,6 +75,10 @@ def kernels_of(path: Path) -> KernelSet:
         embedding=EmbeddingKernels(library).embedding,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
+        empty_experts=moe.empty_experts,
+        pack_expert=moe.pack_expert,
+        route_experts=moe.route_experts,
+        fused_moe=moe.fused_moe,
         paged_attention=AttentionKernels(library).paged_attention,
         apply_penalties=sampling.apply_penalties,
         apply_top_k_top_p_min_p=sampling.apply_top_k_top_p_min_p,

@@ -29,6 +29,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack_weight": (*[_POINTER] * 2, *[_INT64] * 3, _INT),
     "embedding": (*[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT, _INT),
+    "route_experts": (*[_POINTER] * 3, *[_INT64] * 3, _INT),
+    "fused_moe": (*[_POINTER] * 7, *[_INT64] * 6, _INT),
     "paged_attention": (*[_POINTER] * 8, *[_INT64] * 10, _FLOAT, _FLOAT),
     "rms_norm": (*[_POINTER] * 5, *[_INT64] * 5, _FLOAT, _FLOAT, _INT),
     "rotate_and_cache": (

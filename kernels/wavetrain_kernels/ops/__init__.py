@@ -12,6 +12,7 @@ from wavetrain_kernels.ops.embedding import embedding
 from wavetrain_kernels.ops.kv_cache import allocate_kv_cache
 from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight
 from wavetrain_kernels.ops.lora import lora_expand, lora_shrink, sort_by_adapter
+from wavetrain_kernels.ops.moe import empty_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotate_and_cache
 from wavetrain_kernels.ops.sampling import (
@@ -21,6 +22,7 @@ from wavetrain_kernels.ops.sampling import (
     sample_greedy,
     top_logprobs,
 )
+from wavetrain_kernels.packed_experts import PackedExperts
 from wavetrain_kernels.packed_weight import PackedWeight
 from wavetrain_kernels.program import Program
 
@@ -29,6 +31,7 @@ __all__ = [
     "GatedActivation",
     "LoraAdapters",
     "LoraBatch",
+    "PackedExperts",
     "PackedWeight",
     "Program",
     "add_rms_norm",
@@ -37,6 +40,8 @@ __all__ = [
     "apply_top_k_top_p_min_p",
     "choose_kernels",
     "embedding",
+    "empty_experts",
+    "fused_moe",
     "gated_linear",
     "implementation",
     "kernel_set",
@@ -44,10 +49,12 @@ __all__ = [
     "lora_expand",
     "lora_shrink",
     "new_program",
+    "pack_expert",
     "pack_weight",
     "paged_attention",
     "rms_norm",
     "rotate_and_cache",
+    "route_experts",
     "sample",
     "sample_greedy",
     "sort_by_adapter",

@@ -15,6 +15,7 @@ from wavetrain_kernels.reference.attention import paged_attention
 from wavetrain_kernels.reference.embedding import embedding
 from wavetrain_kernels.reference.gumbel import sample
 from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight
+from wavetrain_kernels.reference.moe import empty_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.reference.lora import lora_expand, lora_shrink, num_lora_parts, sort_by_adapter
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.rotary import rotate_and_cache
@@ -51,6 +52,10 @@ REFERENCE = KernelSet(
     embedding=embedding,
     linear=linear,
     gated_linear=gated_linear,
+    empty_experts=empty_experts,
+    pack_expert=pack_expert,
+    route_experts=route_experts,
+    fused_moe=fused_moe,
     apply_penalties=apply_penalties,
     apply_top_k_top_p_min_p=apply_top_k_top_p_min_p,
     sample=sample,

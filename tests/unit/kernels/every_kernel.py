@@ -37,6 +37,7 @@ def run_all() -> None:
         run_rotations(dtype)
     run_sampling()
     run_linears()
+    run_mixtures()
     run_attention()
 
 
@@ -81,6 +82,26 @@ def run_linears() -> None:
         gated = ops.pack_weight(weight, is_gated=True)
         ops.gated_linear(x, gated, "silu")
         ops.gated_linear(x, gated, "gelu_tanh", bias)
+
+
+def run_mixtures() -> None:
+    """Experts of all sizes: one that all tokens go to, many that few do, some that none does."""
+    for num_tokens, num_experts, top_k in ((0, 4, 2), (1, 1, 1), (1, 70, 8), (33, 3, 2), (70, 2, 2), (600, 5, 1)):
+        logits = torch.randn(num_tokens, num_experts)
+        weights, expert_ids = ops.route_experts(logits, top_k, renormalize=True)
+        for hidden, units in ((1, 1), (32, 16), (70, 34), (33, 70)):
+            gate_up, down = (
+                ops.empty_experts(num_experts, *shape, dtype=torch.bfloat16, device=logits.device, is_gated=is_gated)
+                for shape, is_gated in (((2 * units, hidden), True), ((hidden, units), False))
+            )
+            for expert in range(num_experts):
+                ops.pack_expert(gate_up, expert, torch.randn(2 * units, hidden).bfloat16())
+                ops.pack_expert(down, expert, torch.randn(hidden, units).bfloat16())
+            x = torch.randn(num_tokens, hidden).bfloat16()
+            ops.fused_moe(x, gate_up, down, weights, expert_ids, "silu")
+            ops.fused_moe(x, gate_up, down, weights, torch.full_like(expert_ids, -1), "gelu_tanh")
+    logits = torch.full((3, 5), float("nan"))
+    ops.route_experts(logits, 5, renormalize=False)
 
 
 def run_attention() -> None:

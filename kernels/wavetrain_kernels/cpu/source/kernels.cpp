@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "filters.h"
 #include "linear.h"
+#include "moe.h"
 #include "norm.h"
 #include "program.h"
 #include "rotary.h"
@@ -48,6 +49,18 @@ void wavetrain_embedding(bf16* out, const bf16* table, const int64_t* rows, int6
 void wavetrain_linear(void* out, const bf16* x, const bf16* packed, const bf16* bias, bf16* workspace, int64_t out_stride,
                       int64_t x_stride, int64_t m, int64_t k, int64_t n, int activation, int is_float_out) {
     submit(Linear{out, x, packed, bias, workspace, out_stride, x_stride, m, k, n, (Activation)activation, is_float_out != 0});
+}
+
+void wavetrain_route_experts(float* weights, int32_t* experts, const float* logits, int64_t num_rows, int64_t num_experts,
+                             int64_t top_k, int is_renormalized) {
+    submit(Routing{weights, experts, logits, num_rows, num_experts, top_k, is_renormalized != 0});
+}
+
+void wavetrain_fused_moe(bf16* out, const bf16* x, const bf16* gate_up, const bf16* down, const float* weights,
+                         const int32_t* experts, char* workspace, int64_t x_stride, int64_t m, int64_t hidden, int64_t inner,
+                         int64_t num_experts, int64_t top_k, int activation) {
+    submit(Mixture{out, x, gate_up, down, weights, experts, workspace, x_stride, m, hidden, inner, num_experts, top_k,
+                   (Activation)activation});
 }
 
 void wavetrain_rms_norm(void* out, void* residual_out, const void* x, const void* residual, const void* weight, int64_t outer,
