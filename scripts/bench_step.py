@@ -158,7 +158,6 @@ class Bench:
             batch=self.make_batch(),
             state=SamplingState(VOCAB_SIZE, CPU),
             eos_token_ids=[],
-            device=CPU,
         )
 
     def add_requests(self, core: EngineCore) -> None:

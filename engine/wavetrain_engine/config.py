@@ -26,6 +26,7 @@ else:  # pragma: no cover
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _DEVICES = ("auto", "cpu", "cuda")
+_LOAD_FORMATS = ("auto", "dummy")
 
 
 _MAX_INT32 = 2**31 - 1
@@ -47,7 +48,11 @@ class ModelSection:
     """Which checkpoint, and how it is held."""
 
     model: str = _option("", "checkpoint directory (Hugging Face layout, safetensors)")
-    dtype: str = _option("auto", "dtype of weights and activations; auto: the checkpoint's", choices=_DTYPES)
+    dtype: str = _option(
+        "auto",
+        "dtype of weights and activations; auto: the checkpoint's, but float16 for bfloat16 on GPUs that lack it",
+        choices=_DTYPES,
+    )
     device: str = _option("auto", "where the model runs; auto: cuda where there is one", choices=_DEVICES)
     cpu_threads: int | None = _option(
         None, "threads that compute on the CPU; default: one for each core this process may use", low=1, high=1024
@@ -56,6 +61,12 @@ class ModelSection:
     max_model_len: int | None = _option(
         None, "prompt and output tokens of a request; default: the model's own", low=2, high=_MAX_INT32
     )
+    load_format: str = _option(
+        "auto",
+        "auto: weights from safetensors; dummy: random ones, for measuring without a checkpoint",
+        choices=_LOAD_FORMATS,
+    )
+    enforce_eager: bool = _option(False, "launch each kernel of a step on a GPU, and capture no CUDA graphs")
     skip_tokenizer_init: bool = _option(False, "serve token ids only, from a checkpoint without a tokenizer")
 
 
@@ -67,7 +78,9 @@ class CacheSection:
     kv_cache_memory: int | None = _option(
         None, "bytes of KV cache; default: from the memory there is", low=1, high=2**50
     )
-    gpu_memory_utilization: float = _option(0.9, "share of device memory to use, weights included", low=0.01, high=1.0)
+    gpu_memory_utilization: float = _option(
+        0.9, "share of a GPU's memory to use: weights, working memory, and the KV cache as the rest", low=0.01, high=1.0
+    )
     # Block tables are int32.
     num_blocks: int | None = _option(None, "KV-cache blocks, instead of a size in bytes", low=1, high=_MAX_INT32)
     enable_prefix_caching: bool = _option(True, "reuse blocks of equal prompt prefixes")
@@ -87,7 +100,9 @@ class SchedulerSection:
     long_prefill_token_threshold: int = _option(
         0, "tokens of one prompt per step at most; 0: only max_num_batched_tokens bounds it", low=0, high=_MAX_INT32
     )
-    async_scheduling: bool = _option(False, "plan a step while the one before it runs")
+    async_scheduling: bool | None = _option(
+        None, "plan a step while the one before it runs; default: on a GPU, which would wait otherwise"
+    )
     stream_interval: int | None = _option(
         None,
         "tokens per response of a served stream at least, but for the first and the last; default: 1, and more where "
@@ -102,6 +117,10 @@ class SchedulerSection:
         low=0,
         high=1e6,
     )
+
+    def plans_ahead(self, device: str) -> bool:
+        """Whether a step is planned while one runs on the device, as EngineFacts name it."""
+        return device != "cpu" if self.async_scheduling is None else self.async_scheduling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 
 Invariants:
     1. every accepted request ends with exactly one update that has a finish reason, whatever happens
-    2. at most `depth + 1` steps are submitted and not collected; the depth is 1 with async_scheduling, else 0
+    2. at most `depth + 1` steps are submitted and not collected; the depth is 1 where steps are planned ahead, else 0
     3. nothing here runs between two calls: deadlines are looked at in `step`
 """
 
@@ -55,7 +55,7 @@ class EngineCore:
         self._monotonic_s = monotonic_s
         self._time_ns = time_ns
         self._max_queue_size = config.scheduler.max_queue_size
-        self._depth = 1 if config.scheduler.async_scheduling else 0
+        self._depth = 1 if config.scheduler.plans_ahead(facts.device) else 0
         self._eos_token_ids = frozenset(facts.generation.eos_token_ids)
         self._kv_cache = KVCacheManager(
             num_blocks=facts.num_blocks,

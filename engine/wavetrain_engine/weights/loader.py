@@ -42,31 +42,38 @@ def load_weights(model: Model, model_dir: Path, config: ModelConfig, *, progress
     checkpoint = Checkpoint.open(model_dir)
     targets = name_map(model)
     check_tensors(checkpoint.tensors, targets, architecture=config.architecture, tied=config.tie_word_embeddings)
-    reader = TensorReader()
+    reader = TensorReader(model.device)
     _check_tie(reader, checkpoint.tensors, targets)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     total_bytes, done_bytes = sum(checkpoint.tensors[name].num_bytes for name in targets), 0
     scratch = Scratch(model.device)
-    with _memory_needed(weight_bytes, model.max_model_len):
+    with memory_needed(weight_bytes, model.max_model_len):
         model.allocate()
         for module, names in _by_module(targets, checkpoint.tensors).items():
-            if isinstance(module, PackedModule):
-                memory = scratch.take(tuple(module.weight.shape), module.weight.dtype)
-                module.weight = nn.Parameter(memory, requires_grad=False)
-            for name in names:
-                entry = checkpoint.tensors[name]
-                reader.read(entry, targets[name].memory())
-                done_bytes += entry.num_bytes
-                if progress is not None:
-                    progress(done_bytes, total_bytes)
-            if isinstance(module, PackedModule):
-                module.pack()
-                scratch.let_go(module.packed.data)
+            with filling(module, scratch):
+                for name in names:
+                    entry = checkpoint.tensors[name]
+                    reader.read(entry, targets[name].memory())
+                    done_bytes += entry.num_bytes
+                    if progress is not None:
+                        progress(done_bytes, total_bytes)
     return weight_bytes
 
 
 @contextmanager
-def _memory_needed(weight_bytes: int, max_model_len: int) -> Generator[None]:
+def filling(module: nn.Module, scratch: Scratch) -> Generator[None]:
+    """Lends a module that is packed the memory for what is filled in inside, and packs it afterwards."""
+    if isinstance(module, PackedModule):
+        memory = scratch.take(tuple(module.weight.shape), module.weight.dtype)
+        module.weight = nn.Parameter(memory, requires_grad=False)
+    yield
+    if isinstance(module, PackedModule):
+        module.pack()
+        scratch.let_go(module.packed.data)
+
+
+@contextmanager
+def memory_needed(weight_bytes: int, max_model_len: int) -> Generator[None]:
     """Says what a lack of memory inside is about."""
     try:
         yield

@@ -17,6 +17,8 @@ from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CPU = torch.device("cpu")
+_PIECE_BYTES = 2**25
 
 
 class Scratch:
@@ -41,10 +43,19 @@ class Scratch:
 
 
 class TensorReader:
-    """Reads tensors of the supported dtypes."""
+    """Reads tensors of the supported dtypes.
 
-    def __init__(self) -> None:
-        self._scratch = Scratch(torch.device("cpu"))
+    What goes to a GPU is read in pieces, into two pinned buffers by turns: while one is copied to the device, the next
+    piece is read into the other. So a checkpoint of any size passes through the same little host memory.
+
+    Args:
+        device: where tensors will be wanted; others are served too.
+        piece_bytes: size of a buffer.
+    """
+
+    def __init__(self, device: torch.device = _CPU, *, piece_bytes: int = _PIECE_BYTES) -> None:
+        self._scratch = Scratch(_CPU)
+        self._pieces = _Pieces(piece_bytes) if device.type == "cuda" else None
 
     def read(self, entry: TensorEntry, out: Tensor) -> None:
         """Fills `out`, of the entry's shape, converting where its dtype is another.
@@ -53,7 +64,9 @@ class TensorReader:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
         dtype = _DTYPES[entry.dtype]
-        if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
+        if self._pieces is not None and out.device.type == "cuda" and out.is_contiguous():
+            self._pieces.read(entry, dtype, out.view(-1))
+        elif out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
             _fill(out, entry)
         else:
             tensor = self._scratch.take(entry.shape, dtype)
@@ -61,13 +74,38 @@ class TensorReader:
             out.copy_(tensor)
 
 
-def _fill(out: Tensor, entry: TensorEntry) -> None:
+class _Pieces:
+    """Two pinned buffers, each with the event of the copy that reads it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)]  # come at once while nothing was recorded
+
+    def read(self, entry: TensorEntry, dtype: torch.dtype, out: Tensor) -> None:
+        """Fills `out`, flat and on the device; the last copies may still be under way."""
+        for start in range(0, entry.num_bytes, self._num_bytes):
+            stop = min(start + self._num_bytes, entry.num_bytes)
+            buffer, event = self._buffers[0], self._events[0]
+            self._buffers.reverse()
+            self._events.reverse()
+            event.synchronize()
+            piece = buffer[: stop - start]
+            _fill(piece, entry, start)
+            # Converted on the device, not on the host.
+            values = piece.view(dtype).to(out.device, non_blocking=True)
+            out[start // dtype.itemsize : stop // dtype.itemsize].copy_(values)
+            event.record()
+
+
+def _fill(out: Tensor, entry: TensorEntry, start: int = 0) -> None:
+    """Reads what `out` has room for, from byte `start` of the tensor on."""
     view = out.view(-1).view(torch.uint8).numpy().data
     try:
         with entry.file.open("rb") as file:
-            file.seek(entry.begin)
+            file.seek(entry.begin + start)
             num_bytes = file.readinto(view)
     except OSError as error:
         raise CheckpointError(f"cannot read {entry.file.name}: {error.strerror}") from error
-    if num_bytes != entry.num_bytes:
+    if num_bytes != len(view):
         raise CheckpointError(f"{entry.file.name} became shorter while it was read; load the model again")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs plans on a model runner in this process, either at once or on one worker thread."""
+"""Runs plans on a model runner in this process: at once, on one worker thread, or on a GPU behind those before."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
-from wavetrain_engine.plan import StepPlan, StepResult
+from wavetrain_engine.plan import PendingResult, StepPlan, StepResult
+from wavetrain_engine.worker.device_runner import DeviceRunner
 from wavetrain_engine.worker.model_runner import ModelRunner
 
 
@@ -44,5 +46,38 @@ class LocalExecutor:
         if self._thread is not None:
             self._thread.shutdown(wait=True)
         self._runner = None
+
+
+class DeviceExecutor:
+    """A plan.Executor over a DeviceRunner, which needs no thread: launching a step returns while it runs."""
+
+    def __init__(self, runner: DeviceRunner) -> None:
+        self._runner: DeviceRunner | None = runner
+
+    @property
+    def runner(self) -> DeviceRunner | None:
+        """Its runner; None after `shutdown`."""
+        return self._runner
+
+    def submit(self, plan: StepPlan) -> PendingResult:
+        """Launches a step. The result raises what the step raised, at once or on the device.
+
+        Raises:
+            RuntimeError: after `shutdown`.
+        """
+        if self._runner is None:
+            raise RuntimeError("the executor is shut down")
+        try:
+            return self._runner.launch(plan)
+        except Exception as error:  # handed to whoever asks for the result
+            failed: Future[StepResult] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def shutdown(self) -> None:
+        """Lets go of weights and KV cache, and gives the device's memory back. Idempotent."""
+        self._runner = None
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # torch would keep the memory for itself
+            with suppress(RuntimeError):  # a device that failed gives nothing back; the process's end does
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # torch would keep the memory for itself

@@ -22,8 +22,11 @@ from wavetrain_engine.models.registry import create_model, resolve_dtype
 from wavetrain_engine.plan import Executor
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.version import VERSION
+from wavetrain_engine.weights.loader import Progress as WeightProgress
 from wavetrain_engine.weights.loader import load_weights
+from wavetrain_engine.weights.random_weights import draw_weights
 from wavetrain_engine.worker.cpu_threads import set_cpu_threads
+from wavetrain_engine.worker.device_start import DeviceStart
 from wavetrain_engine.worker.executor import LocalExecutor
 from wavetrain_engine.worker.input_batch import InputBatch
 from wavetrain_engine.worker.kv_cache import allocate_kv_caches
@@ -34,6 +37,9 @@ from wavetrain_kernels.errors import UnsupportedDevice
 from wavetrain_kernels.ops import choose_kernels
 
 _LOG = logging.getLogger(__name__)
+
+# GPUs of compute capability 8, Ampere, were the first with bfloat16.
+_FIRST_BFLOAT16_GENERATION = 8
 
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total); phase `weights` counts bytes."""
@@ -57,15 +63,21 @@ def load_executor(
     model_dir = _model_dir(config)
     model_config = ModelConfig.load(model_dir)
     generation = GenerationConfig.load(model_dir)
-    device, dtype = _device(config), resolve_dtype(model_config, config.model.dtype)
+    device = _device(config)
+    dtype = _dtype(config, model_config, device)
     kernels = _choose_kernels(environment, device)
     max_model_len = model_config.max_model_len if config.model.max_model_len is None else config.model.max_model_len
     model = create_model(model_config, dtype, device, max_model_len=max_model_len)
-    weight_bytes = load_weights(
-        model, model_dir, model_config, progress=lambda done, total: report("weights", done, total)
-    )
+    weight_bytes = _load_weights(config, model, lambda done, total: report("weights", done, total))
+    start = DeviceStart(config, model, generation, max_model_len) if _is_device_resident(device) else None
     bytes_per_block = model.kv_cache_spec().bytes_per_block(config.cache.block_size)
-    num_blocks = _num_blocks(config, max_model_len, bytes_per_block, device)
+    num_blocks = num_kv_blocks(
+        config.cache,
+        bytes_per_block,
+        -(-max_model_len // config.cache.block_size) * config.scheduler.max_num_seqs,
+        device,
+        working_bytes=0 if start is None else start.measure_working_bytes(),
+    )
     max_model_len = _fit_model_len(config, max_model_len, num_blocks)
     facts = EngineFacts(
         architecture=model_config.architecture,
@@ -85,29 +97,42 @@ def load_executor(
         load_s=time.monotonic() - started,
         version=VERSION,
     )
-    runner = _make_runner(config, model, facts, device)
+    executor = _host_executor(config, model, facts) if start is None else start.finish(facts)
     _log_facts(facts)
-    return LocalExecutor(runner, is_async=config.scheduler.async_scheduling), facts
+    return executor, facts
 
 
-def _make_runner(config: EngineConfig, model: Model, facts: EngineFacts, device: torch.device) -> ModelRunner:
-    kv_caches = allocate_kv_caches(model.kv_cache_spec(), facts.num_blocks, facts.block_size, device)
+def _is_device_resident(device: torch.device) -> bool:
+    """Whether what steps need stays on the device; tests say so of the CPU."""
+    return device.type != "cpu"
+
+
+def _load_weights(config: EngineConfig, model: Model, progress: WeightProgress) -> int:
+    """Returns their bytes."""
+    if config.model.load_format == "dummy":
+        _LOG.warning("the weights are random: --load-format dummy is for measuring")
+        return draw_weights(model, progress=progress)
+    return load_weights(model, Path(config.model.model), model.config, progress=progress)
+
+
+def _host_executor(config: EngineConfig, model: Model, facts: EngineFacts) -> Executor:
+    kv_caches = allocate_kv_caches(model.kv_cache_spec(), facts.num_blocks, facts.block_size, model.device)
     program = record_step(
         model,
         kv_caches,
         capacity=facts.max_num_batched_tokens,
         max_model_len=facts.max_model_len,
-        device=device,
+        device=model.device,
     )
-    return ModelRunner(
+    runner = ModelRunner(
         model=model,
         kv_caches=kv_caches,
         batch=_input_batch(config, facts.max_model_len),
-        state=SamplingState(facts.vocab_size, device),
+        state=SamplingState(facts.vocab_size, model.device),
         eos_token_ids=facts.generation.eos_token_ids,
-        device=device,
         program=program,
     )
+    return LocalExecutor(runner, is_async=config.scheduler.plans_ahead(facts.device))
 
 
 def _model_dir(config: EngineConfig) -> Path:
@@ -128,17 +153,27 @@ def _device(config: EngineConfig) -> torch.device:
     return torch.device(config.model.device)
 
 
+def _dtype(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Returns the dtype of weights and activations: what was asked for, or the nearest that the GPU has."""
+    dtype = resolve_dtype(model_config, config.model.dtype)
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return dtype
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= _FIRST_BFLOAT16_GENERATION:
+        return dtype
+    lack = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and bfloat16 needs 8.0"
+    if config.model.dtype != "auto":
+        raise ConfigError(f"--dtype bfloat16: {lack}; use --dtype float16, or leave it to auto")
+    _LOG.warning("%s: the model is served in float16", lack)
+    return torch.float16
+
+
 def _choose_kernels(environment: Environment, device: torch.device) -> str:
     """Returns the name of the set that answers; before the weights are loaded, whose layout may be up to it."""
     try:
         return choose_kernels(environment.kernels, device, environment.kernel_cache_dir).name
     except UnsupportedDevice as error:
         raise ConfigError(f"WAVETRAIN_KERNELS={environment.kernels}: {error}") from error
-
-
-def _num_blocks(config: EngineConfig, max_model_len: int, bytes_per_block: int, device: torch.device) -> int:
-    blocks_per_request = -(-max_model_len // config.cache.block_size)
-    return num_kv_blocks(config.cache, bytes_per_block, blocks_per_request * config.scheduler.max_num_seqs, device)
 
 
 def _fit_model_len(config: EngineConfig, max_model_len: int, num_blocks: int) -> int:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +22,21 @@ _CPU_MOST_BYTES = 8 * GIB
 _MOST_BLOCKS = 2**31 - 1
 
 
-def num_kv_blocks(config: CacheSection, bytes_per_block: int, most_useful: int, device: torch.device) -> int:
+def num_kv_blocks(
+    config: CacheSection, bytes_per_block: int, most_useful: int, device: torch.device, *, working_bytes: int = 0
+) -> int:
     """Decides the number of KV-cache blocks after the weights are in place.
 
     Args:
         bytes_per_block: from `KVCacheSpec.bytes_per_block`.
+        working_bytes: what else a GPU has to have room for while it computes.
         most_useful: blocks beyond which more cannot be used by running requests (max_num_seqs requests of
             max_model_len tokens); only an explicit flag asks for more.
 
     Raises:
         ConfigError: not one block fits, or not as many as a flag asks for; the message names the flag to change.
     """
-    free_bytes = _free_bytes(device)
+    free_bytes = _free_bytes(device) - working_bytes
     if config.num_blocks is not None:
         _check_fits("--num-blocks", config.num_blocks, config.num_blocks * bytes_per_block, free_bytes)
         return config.num_blocks
@@ -52,6 +56,33 @@ def num_kv_blocks(config: CacheSection, bytes_per_block: int, most_useful: int, 
             "smaller model"
         )
     return num_blocks
+
+
+@contextmanager
+def device_memory_needed(purpose: str, remedy: str) -> Generator[None]:
+    """Says what a GPU's memory was too small for, and what to do.
+
+    Raises:
+        ConfigError: there was not enough of it inside.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"the GPU's memory is too small for {purpose}; {remedy}") from error
+
+
+def measure_working_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """Returns how much more device memory is held at a time while `run` runs than after it."""
+    if device.type != "cuda":
+        run()
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    working_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()  # what it freed counts as free again
+    return working_bytes
 
 
 def _check_fits(flag: str, value: int, wanted_bytes: int, free_bytes: int) -> None:

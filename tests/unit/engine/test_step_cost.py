@@ -126,7 +126,6 @@ def decoding_runner(num_rows: int) -> Callable[[], StepResult]:
         batch=InputBatch(max_num_seqs=num_rows, max_model_len=64, block_size=16),
         state=SamplingState(8, cpu),
         eos_token_ids=[],
-        device=cpu,
     )
     params = SamplingParams(temperature=0.0)
     ids = [str(index) for index in range(num_rows)]
