@@ -70,7 +70,9 @@ class AttentionCase:
         query, key_cache, value_cache = (x.float().cpu() for x in (self.query, self.key_cache, self.value_cache))
         metadata = self.metadata
         on_host = AttentionMetadata(
-            *(x.cpu() for x in (metadata.query_start_loc, metadata.seq_lens, metadata.block_tables)),
+            metadata.query_start_loc.cpu(),
+            metadata.seq_lens.cpu(),
+            metadata.block_tables.cpu(),
             metadata.slot_mapping.cpu(),
             metadata.max_query_len,
             metadata.max_seq_len,
@@ -95,8 +97,8 @@ def make_case(
     """Builds a step of rows (number of queries, length of the context with them) with random contents.
 
     Rows of (0, 0) are the padding of a captured graph. All slots that belong to no context hold NaN, the blocks of a
-    context are scattered, and the tables of short rows are filled up with a block of NaN. Some keys stand out, so that
-    sums are rescaled on the way.
+    context are scattered, and the tables of short rows are filled up with a block of NaN, as are those of blocks that
+    lie before the window: their owner may have given them back. Some keys stand out, so that sums are rescaled.
     """
     heads = heads or Heads()
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +113,9 @@ def make_case(
     slots: list[int] = []
     for row, (query_len, seq_len) in enumerate(rows):
         blocks = [free.pop() for _ in range(counts[row])]
-        tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        first_key = 0 if sliding_window is None else max(0, seq_len - query_len - sliding_window + 1)
+        num_gone = first_key // heads.block_size
+        tables[row, num_gone : len(blocks)] = torch.tensor(blocks[num_gone:], dtype=torch.int32)
         row_slots = [blocks[p // heads.block_size] * heads.block_size + p % heads.block_size for p in range(seq_len)]
         contents = torch.randn(2, seq_len, heads.num_kv_heads, heads.head_dim, generator=generator)
         contents[0, ::7] *= 2
