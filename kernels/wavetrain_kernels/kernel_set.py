@@ -33,8 +33,8 @@ class KernelSet:
             query_norm, key_norm, eps); both norms or neither
         paged_attention: (out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
         apply_penalties: (logits, token_ids, output_counts, repetition, presence, frequency), in place
-        apply_top_k_top_p_min_p: (logits, top_k, top_p, min_p), in place
-        sample: (out, logits, seeds, positions)
+        filter_thresholds: (lowest_out, logits, temperature, top_k, top_p, min_p)
+        sample: (token_ids_out, best_out, logits, seeds, positions, temperature, lowest)
         sample_greedy: (token_ids_out, best_out, logits)
         top_logprobs: (ids_out, logprobs_out, ranks_out, logits, token_ids)
         pack_weight: (weight, is_gated) -> the data of a PackedWeight
@@ -86,8 +86,8 @@ class KernelSet:
     route_experts: Callable[[Tensor, Tensor, Tensor, bool], None]
     fused_moe: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, str], None]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    apply_top_k_top_p_min_p: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], None]
-    sample: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    filter_thresholds: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], None]
+    sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
     sample_greedy: Callable[[Tensor, Tensor, Tensor], None]
     top_logprobs: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     sort_by_adapter: Callable[[Tensor, Tensor, Tensor], None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rows of one step asked of the sampler, as tensors; None for whatever no row asked.
+"""What the rows of one step asked of the sampler, as tensors on its device; None for whatever no row asked.
 
 Row numbers in here are positions within the batch (the order of `SamplingState.batch`'s argument), never the worker's.
 """
@@ -10,28 +10,31 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# N = rows of the batch, R = rows that are not greedy, P = rows with penalties, L = distinct tokens of such a row.
+# N = rows of the batch, P = rows with penalties, L = tokens of the longest of them.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RandomRows:
-    """The rows that draw a token.
+    """How each row draws its token; a row that takes the likeliest has temperature 0 and no filter.
 
     Attributes:
-        rows: [R] int64; None where they are all N, in order.
-        temperature: [R] float32.
-        top_k: [R] int64, 0 = off; None where no row filters by it. Likewise top_p and min_p, [R] float32.
-        seeds: [R] int64.
-        positions: [R] int64, index in its sequence of the token that is drawn.
+        temperature: [N] float32.
+        top_k: [N] int64, 0 = off; None where no row filters by it. Likewise top_p and min_p, [N] float32.
+        seeds: [N] int64.
+        positions: [N] int64, index in its sequence of the token that is drawn.
     """
 
-    rows: Tensor | None
     temperature: Tensor
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
     seeds: Tensor
     positions: Tensor
+
+    @property
+    def has_filters(self) -> bool:
+        """True where some row excludes tokens before the draw."""
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,38 +57,54 @@ class PenaltyRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenEdits:
-    """Single logits to change: entry i is about token token_ids[i] of row rows[i]. No pair occurs twice.
+    """Single logits to change: entry i adds biases[i] to token token_ids[i] of row rows[i]; -inf forbids it.
 
     Attributes:
-        rows, token_ids: int64, of one length.
-        biases: float32, what to add; None: the tokens are forbidden.
+        rows, token_ids: int64, of one length; a pair may occur again.
+        biases: float32.
     """
 
     rows: Tensor
     token_ids: Tensor
-    biases: Tensor | None
+    biases: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogprobRows:
+    """The rows that want log-probabilities.
+
+    Attributes:
+        rows: [number of them] int64 on the device.
+        num_top: by row of the batch, how many of the likeliest it wants beside its own token; None: nothing at all.
+    """
+
+    rows: Tensor
+    num_top: list[int | None]
+
+    @property
+    def most(self) -> int:
+        """The largest number that a row wants."""
+        return max((k for k in self.num_top if k is not None), default=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingBatch:
-    """One step's sampling: greedy rows take the likeliest token, the others are in `random`.
+    """One step's sampling: `random` says how rows draw.
 
     Attributes:
         num_rows: N.
-        random: None where all rows are greedy.
-        penalties, bias, forbidden: None where no row has any.
-        num_logprobs: per row how many top log-probabilities it wants beside its token's, or None for none at all;
-            None where no row wants any.
+        random: None where every row takes its likeliest token.
+        edits: added to the logits one after the other.
+        penalties, logprobs: None where no row has any.
     """
 
     num_rows: int
     random: RandomRows | None = None
+    edits: tuple[TokenEdits, ...] = ()
     penalties: PenaltyRows | None = None
-    bias: TokenEdits | None = None
-    forbidden: TokenEdits | None = None
-    num_logprobs: list[int | None] | None = None
+    logprobs: LogprobRows | None = None
 
     @property
     def has_edits(self) -> bool:
         """True where some logit is changed before the choice."""
-        return self.penalties is not None or self.bias is not None or self.forbidden is not None
+        return self.penalties is not None or bool(self.edits)

@@ -6,22 +6,50 @@ Raw means before penalties, filters and temperature: what the model said, not wh
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from wavetrain_engine.request import TokenLogprobs
 from wavetrain_kernels import ops
 
+# M = rows that are asked about, k = most of the likeliest tokens that one of them wants.
 
-def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
-    """Returns, for each row of logits [N, V], the given token [N] int64 first, then the row's num_top[i] likeliest.
 
-    A num_top beyond the vocabulary means all of it.
+@dataclass(frozen=True, slots=True, eq=False)
+class LogprobTensors:
+    """What `ops.top_logprobs` returned.
+
+    Attributes:
+        ids, logprobs: [M, 1 + k], the given token first, then the likeliest.
+        ranks: [M], of the given token.
     """
-    if not num_top:
-        return []
-    most = min(max(num_top), logits.shape[1])
-    ids, logprobs, ranks = ops.top_logprobs(logits, token_ids, most)
+
+    ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, token_ids: Tensor, most: int) -> LogprobTensors:
+        """Returns those of the given tokens [M] and the `most` likeliest of each row of logits [M, V]; does not wait.
+
+        A `most` beyond the vocabulary means all of it.
+        """
+        return cls(*ops.top_logprobs(logits, token_ids, min(most, logits.shape[1])))
+
+    def entries(self, num_top: Iterable[int]) -> list[TokenLogprobs]:
+        """Returns what `host_entries` makes of them."""
+        return host_entries(self.ids, self.logprobs, self.ranks, num_top)
+
+
+def host_entries(ids: Tensor, logprobs: Tensor, ranks: Tensor, num_top: Iterable[int]) -> list[TokenLogprobs]:
+    """Returns one entry per row of what `ops.top_logprobs` returned: its token, then its num_top[i] likeliest.
+
+    The tensors are read, so where they are not on the host yet, it waits.
+    """
+    most = ids.shape[1] - 1
     rows = zip(ids.tolist(), logprobs.tolist(), ranks.tolist(), num_top, strict=True)
     return [
         TokenLogprobs(
@@ -29,6 +57,14 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: list[int]) -> list[
         )
         for row_ids, row_logprobs, rank, k in rows
     ]
+
+
+def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
+    """Returns, for each row of logits [N, V], the given token [N] int64 first, then the row's num_top[i] likeliest.
+
+    A num_top beyond the vocabulary means all of it.
+    """
+    return LogprobTensors.of(logits, token_ids, max(num_top)).entries(num_top) if num_top else []
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: list[int] | Tensor, k: int) -> list[TokenLogprobs]:

@@ -3,11 +3,16 @@
 
 Check for NaN and inf; log-probabilities of the raw logits; logit_bias; forbidden tokens (min_tokens, bad words);
 penalties; temperature; min_p; top_k; top_p; the draw. A row's token depends on nothing outside the row.
+
+It comes in two halves. `launch` queues everything on the device and waits for nothing; `finish` makes of what came
+back, whenever that is, what callers want to know. Errors are found in the second half: until then a row that cannot be
+sampled from has some token of the vocabulary, which the next step may be fed with.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +20,7 @@ from torch import Tensor
 
 from wavetrain_engine.request import TokenLogprobs
 from wavetrain_engine.sampling.batch import RandomRows, SamplingBatch
-from wavetrain_engine.sampling.logprobs import top_logprobs
+from wavetrain_engine.sampling.logprobs import LogprobTensors
 from wavetrain_kernels import ops
 from wavetrain_kernels.errors import ShapeError
 
@@ -43,6 +48,38 @@ class SampledTokens:
     errors: dict[int, str]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawnTokens:
+    """What `launch` left on the device, or a copy of it on the host.
+
+    Attributes:
+        token_ids: [N] int64, tokens of the vocabulary also where they mean nothing.
+        best: [N] floating point, not finite where a row has nothing to choose from.
+        raw_best: [N], likewise, of the logits before they were edited; None where they were not.
+        logprobs: of the rows with a number in `num_top`, in order; None where there are none.
+        num_top: by row, how many of the likeliest tokens it wants to know, or None.
+    """
+
+    token_ids: Tensor
+    best: Tensor
+    raw_best: Tensor | None = None
+    logprobs: LogprobTensors | None = None
+    num_top: list[int | None] | None = None
+
+    def map(self, copy: Callable[[Tensor], Tensor]) -> DrawnTokens:
+        """Returns the same with every tensor replaced by what `copy` makes of it."""
+        found = self.logprobs
+        return DrawnTokens(
+            token_ids=copy(self.token_ids),
+            best=copy(self.best),
+            raw_best=None if self.raw_best is None else copy(self.raw_best),
+            logprobs=None
+            if found is None
+            else LogprobTensors(copy(found.ids), copy(found.logprobs), copy(found.ranks)),
+            num_top=self.num_top,
+        )
+
+
 class Sampler:
     """Chooses tokens. Holds no state: what matters of a request's history is in the batch."""
 
@@ -52,23 +89,43 @@ class Sampler:
         Raises:
             ShapeError, DtypeError: the logits do not fit the batch.
         """
+        return self.finish(self.launch(logits, batch))
+
+    def launch(self, logits: Tensor, batch: SamplingBatch) -> DrawnTokens:
+        """Queues what `sample` does on the logits' device and stream, and waits for nothing.
+
+        Raises:
+            ShapeError, DtypeError: the logits do not fit the batch.
+        """
         if logits.dim() != 2 or logits.shape[0] != batch.num_rows:
             raise ShapeError(f"logits must be [{batch.num_rows}, V], got {list(logits.shape)}")
-        if not batch.num_rows:
-            return SampledTokens([], [], {})
-        tokens, best = ops.sample_greedy(logits)
-        errors = _errors(best, _NOT_FINITE)
-        edited = logits
-        if batch.has_edits:
-            edited = _edit(logits, batch)
-            tokens, best = ops.sample_greedy(edited)
-            errors = {**_errors(best, _ALL_FORBIDDEN), **errors}
-        if batch.random is not None:
-            tokens = _draw(edited, batch.random, tokens)
-        token_ids = tokens.tolist()
+        if not batch.has_edits:
+            token_ids, best = _choose(logits, batch.random)
+            raw_best = None
+        else:
+            _, raw_best = ops.sample_greedy(logits)
+            token_ids, best = _choose(_edit(logits, batch), batch.random)
+        if batch.logprobs is None:
+            return DrawnTokens(token_ids, best, raw_best)
+        rows = batch.logprobs.rows
+        logprobs = LogprobTensors.of(logits.index_select(0, rows), token_ids.index_select(0, rows), batch.logprobs.most)
+        return DrawnTokens(token_ids, best, raw_best, logprobs, batch.logprobs.num_top)
+
+    def finish(self, drawn: DrawnTokens) -> SampledTokens:
+        """Returns what was drawn, and which rows are errors; reads the tensors on the host, so they belong there."""
+        token_ids = drawn.token_ids.tolist()
+        if drawn.raw_best is None:
+            errors = _errors(drawn.best, _NOT_FINITE)
+        else:
+            errors = {**_errors(drawn.best, _ALL_FORBIDDEN), **_errors(drawn.raw_best, _NOT_FINITE)}
         for row in errors:
             token_ids[row] = -1
-        return SampledTokens(token_ids, _logprobs(logits, tokens, batch, errors), errors)
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if drawn.logprobs is not None and drawn.num_top is not None:
+            wanted = {row: k for row, k in enumerate(drawn.num_top) if k is not None}
+            for row, entry in zip(wanted, drawn.logprobs.entries(wanted.values()), strict=True):
+                logprobs[row] = None if row in errors else entry
+        return SampledTokens(token_ids, logprobs, errors)
 
 
 def _errors(best: Tensor, message: str) -> dict[int, str]:
@@ -79,12 +136,10 @@ def _errors(best: Tensor, message: str) -> dict[int, str]:
 
 
 def _edit(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Returns a copy in float32 with what the batch wants changed."""
     edited = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if batch.bias is not None and batch.bias.biases is not None:
-        edited.index_put_((batch.bias.rows, batch.bias.token_ids), batch.bias.biases, accumulate=True)
-    if batch.forbidden is not None:
-        lowest = torch.tensor(float("-inf"), device=edited.device)
-        edited.index_put_((batch.forbidden.rows, batch.forbidden.token_ids), lowest)
+    for edits in batch.edits:
+        edited.index_put_((edits.rows, edits.token_ids), edits.biases, accumulate=True)
     if batch.penalties is not None:
         rows = batch.penalties
         penalized = edited.index_select(0, rows.rows)
@@ -95,24 +150,13 @@ def _edit(logits: Tensor, batch: SamplingBatch) -> Tensor:
     return edited
 
 
-def _draw(logits: Tensor, random: RandomRows, greedy: Tensor) -> Tensor:
-    """Returns [N]: drawn tokens in the random rows, the greedy ones elsewhere."""
-    chosen = logits if random.rows is None else logits.index_select(0, random.rows)
-    chosen = (chosen / random.temperature[:, None]).contiguous()  # float32 whatever the logits were, and a copy
-    ops.apply_top_k_top_p_min_p(chosen, top_k=random.top_k, top_p=random.top_p, min_p=random.min_p)
-    drawn = ops.sample(chosen, random.seeds, random.positions)
-    return drawn if random.rows is None else greedy.index_copy(0, random.rows, drawn)
-
-
-def _logprobs(
-    logits: Tensor, tokens: Tensor, batch: SamplingBatch, errors: dict[int, str]
-) -> list[TokenLogprobs | None]:
-    found: list[TokenLogprobs | None] = [None] * batch.num_rows
-    if batch.num_logprobs is None:
-        return found
-    wanted = {row: k for row, k in enumerate(batch.num_logprobs) if k is not None and row not in errors}
-    rows = torch.tensor(list(wanted), dtype=torch.int64, device=logits.device)
-    entries = top_logprobs(logits.index_select(0, rows), tokens.index_select(0, rows), list(wanted.values()))
-    for row, entry in zip(wanted, entries, strict=True):
-        found[row] = entry
-    return found
+def _choose(logits: Tensor, random: RandomRows | None) -> tuple[Tensor, Tensor]:
+    """Returns each row's token [N], and its largest logit [N]."""
+    if random is None:
+        return ops.sample_greedy(logits)
+    lowest = None
+    if random.has_filters:
+        lowest = ops.filter_thresholds(
+            logits, random.temperature, top_k=random.top_k, top_p=random.top_p, min_p=random.min_p
+        )
+    return ops.sample(logits, random.seeds, random.positions, random.temperature, lowest)

@@ -2,49 +2,73 @@
 """What the sampler must know of every running request, kept from step to step by the worker's row numbers.
 
 A row is added when its request is admitted (or resumed: its output so far is part of `token_ids`), told of each token
-that it gains, and removed when the request leaves. `batch` then gathers the rows of a step. What only changes when
-other rows are asked for is kept between steps, so a steady batch of greedy rows costs nothing.
+that it gains, and removed when the request leaves. `batch` then gathers the rows of a step. It needs no token of the
+step before: tokens go from the sampler to `append` on the device. What only changes when other rows are asked for is
+kept between steps, so a steady batch costs next to nothing on the host.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from wavetrain_engine.sampling.batch import PenaltyRows, RandomRows, SamplingBatch, TokenEdits
-from wavetrain_engine.sampling.penalty_table import PenaltyTable
+from wavetrain_engine.sampling.bad_words import BadWords
+from wavetrain_engine.sampling.batch import LogprobRows, PenaltyRows, RandomRows, SamplingBatch, TokenEdits
+from wavetrain_engine.sampling.row_parameters import RowParameters
+from wavetrain_engine.sampling.token_table import TokenTable
+from wavetrain_engine.sampling.upload import upload, upload_ints
 from wavetrain_engine.sampling_params import SamplingParams
-
-# Below this a temperature is as good as 0, and dividing by it would not be (vLLM's bound).
-_MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(slots=True)
 class _Row:
-    """One request.
+    """One request that asks for more than its likeliest token.
 
     Attributes:
-        num_tokens: prompt and output tokens: the position of the next one; not kept up for a row that asks for nothing.
-        stop_ids: tokens that may not come before min_tokens; empty where min_tokens is 0.
-        bad_words: forbidden sequences.
-        history: the latest tokens, as many as the longest bad word looks back on.
-        seed: as int64.
+        num_tokens: prompt and output tokens: the position of the next one.
+        min_num_tokens: prompt and min_tokens; before that, `stop_ids` are forbidden.
+        bad_tokens: forbidden always.
+        bad_words: forbidden sequences of two tokens or more.
     """
 
     params: SamplingParams
-    num_prompt_tokens: int
     num_tokens: int
-    seed: int
-    is_greedy: bool
+    min_num_tokens: int
     stop_ids: list[int]
+    bad_tokens: list[int]
     bad_words: list[list[int]]
-    history: list[int]
-    num_history: int
 
-    @property
-    def has_forbidden(self) -> bool:
-        return bool(self.bad_words) or self.num_tokens - self.num_prompt_tokens < self.params.min_tokens
+
+@dataclass(slots=True)
+class _Steady:
+    """What is kept of the last batch while its rows are asked for again.
+
+    Attributes:
+        rows: the worker's.
+        batch: without what changes from step to step.
+        asking: index in `rows` and state of those that ask for something.
+        num_tokens: [N] int64, of each row; on the device. None where no row asks.
+        looking: [P] int64 index in `rows` of those in the token table, with their slots; None where there are none.
+        penalized: [P] int64 slots of the penalized rows.
+        longest: most tokens of a row in the token table.
+        num_appended: tokens that each row has gained since `asking` was counted.
+        valid_for: how many more may be gained before some row's min_tokens are reached.
+    """
+
+    rows: list[int]
+    batch: SamplingBatch
+    asking: list[tuple[int, _Row]]
+    num_tokens: Tensor | None = None
+    looking: tuple[Tensor, Tensor] | None = None
+    penalized: Tensor | None = None
+    bad_words: BadWords | None = None
+    longest: int = 0
+    num_appended: int = 0
+    valid_for: int | None = None
 
 
 class SamplingState:
@@ -53,13 +77,11 @@ class SamplingState:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._rows: dict[int, _Row] = {}
-        # Rows that ask for more than the likeliest token, and those that may forbid some; no step looks at any other.
-        self._asking: set[int] = set()
-        self._forbidding: set[int] = set()
-        self._penalties = PenaltyTable(device)
-        self._batched_rows: list[int] | None = None  # what _batch was made for; None since a row was added
-        self._batch = SamplingBatch(num_rows=0)
+        self._rows: dict[int, _Row | None] = {}  # None: takes its likeliest token, and that is all
+        self._asking: set[int] = set()  # the others
+        self._parameters = RowParameters(vocab_size)
+        self._table = TokenTable(vocab_size, device)
+        self._steady: _Steady | None = None
 
     def add(
         self,
@@ -83,28 +105,26 @@ class SamplingState:
             raise ValueError("token_ids is empty; a request has at least one prompt token")
         if row in self._rows:
             raise ValueError(f"row {row} is taken; remove it first")
+        self._forget_steady()
+        is_greedy = self._parameters.set(row, params, seed)
         bad_words = [words for words in params.bad_words_token_ids if words and words[-1] < self._vocab_size]
-        num_history = max((len(words) - 1 for words in bad_words), default=0)
+        has_penalties = self._parameters.has_penalties(row)
+        asks = not is_greedy or has_penalties or bad_words or params.logit_bias or params.min_tokens
+        if not asks and params.logprobs is None:
+            self._rows[row] = None
+            return
         stop_ids = {*eos_token_ids, *params.stop_token_ids} if params.min_tokens else set[int]()
-        state = self._rows[row] = _Row(
+        self._asking.add(row)
+        self._rows[row] = state = _Row(
             params=params,
-            num_prompt_tokens=num_prompt_tokens,
             num_tokens=len(token_ids),
-            seed=_to_int64(seed),
-            is_greedy=params.is_greedy or params.temperature < _MIN_TEMPERATURE,
+            min_num_tokens=num_prompt_tokens + params.min_tokens,
             stop_ids=sorted(token_id for token_id in stop_ids if token_id < self._vocab_size),
-            bad_words=bad_words,
-            history=token_ids[max(0, len(token_ids) - num_history) :],
-            num_history=num_history,
+            bad_tokens=sorted({words[0] for words in bad_words if len(words) == 1}),
+            bad_words=[words for words in bad_words if len(words) > 1],
         )
-        if _has_penalties(params):
-            self._penalties.add(row, token_ids, num_prompt_tokens)
-        if bad_words or params.min_tokens:
-            self._forbidding.add(row)
-        is_edited = row in self._forbidding or row in self._penalties or bool(params.logit_bias)
-        if is_edited or params.logprobs is not None or not state.is_greedy:
-            self._asking.add(row)
-        self._batched_rows = None
+        if has_penalties or state.bad_words:
+            self._table.add(row, token_ids, num_prompt_tokens)
 
     def remove(self, row: int) -> None:
         """Frees a row.
@@ -112,30 +132,24 @@ class SamplingState:
         Raises:
             KeyError: there is no such row.
         """
+        self._forget_steady()
         del self._rows[row]
-        self._penalties.remove(row)
+        self._table.remove(row)
         self._asking.discard(row)
-        self._forbidding.discard(row)
-        self._batched_rows = None
 
-    def append(self, rows: list[int], token_ids: list[int]) -> None:
-        """Notes one output token for each of the rows; a row may come more than once, in order."""
-        if self._asking.isdisjoint(rows):
-            return
-        penalized: list[int] = []
-        counted: list[int] = []
-        for row, token_id in zip(rows, token_ids, strict=True):
-            if row not in self._asking:
-                continue
-            state = self._rows[row]
-            state.num_tokens += 1
-            if state.num_history:
-                state.history = [*state.history, token_id][-state.num_history :]
-            if row in self._penalties:
-                penalized.append(row)
-                counted.append(token_id)
-        if penalized:
-            self._penalties.append(penalized, counted)
+    def append(self, rows: list[int], token_ids: list[int] | Tensor) -> None:
+        """Notes one output token for each of the rows; a row may come more than once, in order.
+
+        Args:
+            token_ids: [len(rows)] int64; on the device where the sampler left them, and nothing waits for them.
+        """
+        steady = self._steady
+        if steady is not None and rows == steady.rows:
+            if steady.num_tokens is not None:
+                self._append_to_steady(steady, steady.num_tokens, token_ids)
+        elif not self._asking.isdisjoint(rows):
+            self._forget_steady()
+            self._append_to_some(rows, token_ids)
 
     def batch(self, rows: list[int]) -> SamplingBatch:
         """Returns what the rows ask of the token that each of them gets next, in the order given.
@@ -143,110 +157,147 @@ class SamplingState:
         Raises:
             KeyError: there is no such row.
         """
-        states = [] if self._asking.isdisjoint(rows) else [self._rows[row] for row in rows]
-        if rows != self._batched_rows:
-            self._batch = self._build(rows, states) if states else self._plain(rows)
-            self._batched_rows = list(rows)
-        batch = self._batch
-        if not states:
+        steady = self._steady
+        if steady is None or rows != steady.rows or steady.valid_for == steady.num_appended:
+            self._forget_steady()
+            steady = self._steady = self._gather(rows)
+        batch, num_tokens = steady.batch, steady.num_tokens
+        if num_tokens is None:
             return batch
         if batch.random is not None:
-            positions = self._int64([state.num_tokens for state in states if not state.is_greedy])
-            batch = replace(batch, random=replace(batch.random, positions=positions))
-        if batch.penalties is not None:
-            token_ids, counts = self._penalties.select([row for row in rows if row in self._penalties])
+            batch = replace(batch, random=replace(batch.random, positions=num_tokens))
+        if batch.penalties is not None and steady.penalized is not None:
+            lengths = num_tokens.index_select(0, batch.penalties.rows)
+            token_ids, counts = self._table.select(steady.penalized, lengths, steady.longest + steady.num_appended)
             batch = replace(batch, penalties=replace(batch.penalties, token_ids=token_ids, output_counts=counts))
-        if not self._forbidding.isdisjoint(rows) and any(state.has_forbidden for state in states):
-            batch = replace(batch, forbidden=self._forbidden(states))
+        if steady.bad_words is not None:
+            batch = replace(batch, edits=(*batch.edits, steady.bad_words.forbidden(self._table, num_tokens)))
         return batch
 
-    def _plain(self, rows: list[int]) -> SamplingBatch:
-        for row in rows:
-            if row not in self._rows:
-                raise KeyError(row)
-        return SamplingBatch(num_rows=len(rows))
+    def _append_to_steady(self, steady: _Steady, num_tokens: Tensor, token_ids: list[int] | Tensor) -> None:
+        steady.num_appended += 1
+        steady.num_tokens = num_tokens + 1
+        if steady.looking is not None:
+            index, slots = steady.looking
+            tokens = self._to_device(token_ids)
+            self._table.make_room(steady.longest + steady.num_appended)
+            self._table.append(slots, num_tokens.index_select(0, index), tokens.index_select(0, index))
 
-    def _build(self, rows: list[int], states: list[_Row]) -> SamplingBatch:
-        """Everything of the batch that stays the same while its rows do; the rest is left for `batch` to replace."""
-        num_logprobs = [state.params.logprobs for state in states]
-        return SamplingBatch(
+    def _append_to_some(self, rows: list[int], token_ids: list[int] | Tensor) -> None:
+        looking: list[int] = []
+        positions: list[int] = []
+        for index, row in enumerate(rows):
+            state = self._rows[row]
+            if state is None:
+                continue
+            if row in self._table:
+                looking.append(index)
+                positions.append(state.num_tokens)
+            state.num_tokens += 1
+        if looking:
+            self._table.make_room(max(positions) + 1)
+            tokens = self._to_device(token_ids).index_select(0, upload_ints(looking, self._device))
+            slots = self._table.slots([rows[index] for index in looking])
+            self._table.append(slots, upload_ints(positions, self._device), tokens)
+
+    def _to_device(self, token_ids: list[int] | Tensor) -> Tensor:
+        return token_ids if isinstance(token_ids, Tensor) else upload_ints(token_ids, self._device)
+
+    def _forget_steady(self) -> None:
+        """Before rows change: writes back how many tokens the rows of the last batch have."""
+        if self._steady is not None:
+            for _, state in self._steady.asking:
+                state.num_tokens += self._steady.num_appended
+            self._steady = None
+
+    def _gather(self, rows: list[int]) -> _Steady:
+        states = [self._rows[row] for row in rows]
+        asking = [(index, state) for index, state in enumerate(states) if state is not None]
+        if not asking:
+            return _Steady(list(rows), SamplingBatch(num_rows=len(rows)), asking)
+        num_tokens = np.zeros(len(rows), dtype=np.int64)
+        for index, state in asking:
+            num_tokens[index] = state.num_tokens
+        numbers = np.asarray(rows, dtype=np.int64)
+        edits = self._edits(asking)
+        batch = SamplingBatch(
             num_rows=len(rows),
-            random=self._random(states),
-            penalties=self._penalized(rows, states),
-            bias=self._bias(states),
-            num_logprobs=num_logprobs if any(k is not None for k in num_logprobs) else None,
+            random=self._random(numbers),
+            edits=() if edits is None else (edits,),
+            penalties=self._penalties(numbers),
+            logprobs=self._logprobs(len(rows), asking),
         )
+        until = [state.min_num_tokens - state.num_tokens for _, state in asking if _is_short(state)]
+        steady = _Steady(list(rows), batch, asking, num_tokens=upload(num_tokens, self._device))
+        steady.valid_for = min(until, default=None)
+        self._look_back(steady)
+        return steady
 
-    def _random(self, states: list[_Row]) -> RandomRows | None:
-        rows = [index for index, state in enumerate(states) if not state.is_greedy]
-        if not rows:
+    def _look_back(self, steady: _Steady) -> None:
+        """Fills in what concerns the rows in the token table."""
+        rows = steady.rows
+        looking = [(index, state) for index, state in steady.asking if rows[index] in self._table]
+        if not looking:
+            return
+        indices = [index for index, _ in looking]
+        steady.looking = upload_ints(indices, self._device), self._table.slots([rows[index] for index in indices])
+        steady.longest = max(state.num_tokens for _, state in looking)
+        if steady.batch.penalties is not None:
+            steady.penalized = self._table.slots([row for row in rows if self._parameters.has_penalties(row)])
+        words = [(index, word) for index, state in looking for word in state.bad_words]
+        if words:
+            indices = [index for index, _ in words]
+            slots = self._table.slots([rows[index] for index in indices])
+            steady.bad_words = BadWords.build(indices, slots, [word for _, word in words], self._device)
+
+    def _random(self, rows: NDArray[np.int64]) -> RandomRows | None:
+        found = self._parameters.random(rows)
+        if found is None:
             return None
-        params = [states[index].params for index in rows]
-        has_top_k = any(0 < p.top_k < self._vocab_size for p in params)
+        floats, ints = upload(found.floats, self._device), upload(found.ints, self._device)
         return RandomRows(
-            rows=self._int64(rows) if len(rows) < len(states) else None,
-            temperature=self._float32([p.temperature for p in params]),
-            top_k=self._int64([max(p.top_k, 0) for p in params]) if has_top_k else None,
-            top_p=self._float32([p.top_p for p in params]) if any(p.top_p < 1.0 for p in params) else None,
-            min_p=self._float32([p.min_p for p in params]) if any(p.min_p > 0.0 for p in params) else None,
-            seeds=self._int64([states[index].seed for index in rows]),
-            positions=self._int64([]),
+            temperature=floats[0],
+            top_k=ints[1] if found.has_top_k else None,
+            top_p=floats[1] if found.has_top_p else None,
+            min_p=floats[2] if found.has_min_p else None,
+            seeds=ints[0],
+            positions=ints[0],  # in their place until `batch` knows them
         )
 
-    def _penalized(self, rows: list[int], states: list[_Row]) -> PenaltyRows | None:
-        indices = [index for index, row in enumerate(rows) if row in self._penalties]
-        if not indices:
+    def _penalties(self, rows: NDArray[np.int64]) -> PenaltyRows | None:
+        indices, penalties = self._parameters.penalties(rows)
+        if not indices.size:
             return None
-        params = [states[index].params for index in indices]
-        none = self._int64([])
-        return PenaltyRows(
-            rows=self._int64(indices),
-            token_ids=none,
-            output_counts=none,
-            repetition=self._float32([p.repetition_penalty for p in params]),
-            presence=self._float32([p.presence_penalty for p in params]),
-            frequency=self._float32([p.frequency_penalty for p in params]),
-        )
+        repetition, presence, frequency = upload(penalties, self._device).unbind()
+        index = upload(indices, self._device)
+        return PenaltyRows(index, index, index, repetition, presence, frequency)  # `batch` puts in tokens and counts
 
-    def _bias(self, states: list[_Row]) -> TokenEdits | None:
+    def _edits(self, asking: list[tuple[int, _Row]]) -> TokenEdits | None:
+        """What is added to the same logits in every step."""
         rows: list[int] = []
         token_ids: list[int] = []
         biases: list[float] = []
-        for index, state in enumerate(states):
-            for token_id, bias in (state.params.logit_bias or {}).items():
-                if token_id < self._vocab_size:
-                    rows.append(index)
-                    token_ids.append(token_id)
-                    biases.append(bias)
-        return TokenEdits(self._int64(rows), self._int64(token_ids), self._float32(biases)) if rows else None
+        for index, state in asking:
+            bias = {t: value for t, value in (state.params.logit_bias or {}).items() if t < self._vocab_size}
+            forbidden = [*state.bad_tokens, *(state.stop_ids if _is_short(state) else ())]
+            rows += [index] * (len(bias) + len(forbidden))
+            token_ids += [*bias, *forbidden]
+            biases += [*bias.values(), *[float("-inf")] * len(forbidden)]
+        if not rows:
+            return None
+        device = self._device
+        values = upload(np.asarray(biases, dtype=np.float32), device)
+        return TokenEdits(upload_ints(rows, device), upload_ints(token_ids, device), values)
 
-    def _forbidden(self, states: list[_Row]) -> TokenEdits | None:
-        rows: list[int] = []
-        token_ids: list[int] = []
-        for index, state in enumerate(states):
-            forbidden = {words[-1] for words in state.bad_words if _ends_with(state.history, words[:-1])}
-            if state.num_tokens - state.num_prompt_tokens < state.params.min_tokens:
-                forbidden.update(state.stop_ids)
-            rows += [index] * len(forbidden)
-            token_ids += sorted(forbidden)
-        return TokenEdits(self._int64(rows), self._int64(token_ids), None) if rows else None
-
-    def _int64(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-    def _float32(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
+    def _logprobs(self, num_rows: int, asking: list[tuple[int, _Row]]) -> LogprobRows | None:
+        wanting = [index for index, state in asking if state.params.logprobs is not None]
+        if not wanting:
+            return None
+        num_top: list[int | None] = [None] * num_rows
+        for index, state in asking:
+            num_top[index] = state.params.logprobs
+        return LogprobRows(upload_ints(wanting, self._device), num_top)
 
 
-def _has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
-def _ends_with(history: list[int], prefix: list[int]) -> bool:
-    return len(prefix) <= len(history) and history[len(history) - len(prefix) :] == prefix
-
-
-def _to_int64(seed: int) -> int:
-    """The int64 with the low 64 bits of a seed, which may come as signed or unsigned."""
-    seed &= 2**64 - 1
-    return seed - 2**64 if seed >= 2**63 else seed
+def _is_short(state: _Row) -> bool:
+    return state.num_tokens < state.min_num_tokens

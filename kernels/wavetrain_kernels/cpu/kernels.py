@@ -81,7 +81,7 @@ def kernels_of(path: Path) -> KernelSet:
         fused_moe=moe.fused_moe,
         paged_attention=AttentionKernels(library).paged_attention,
         apply_penalties=sampling.apply_penalties,
-        apply_top_k_top_p_min_p=sampling.apply_top_k_top_p_min_p,
+        filter_thresholds=sampling.filter_thresholds,
         sample=sampling.sample,
         sample_greedy=sampling.sample_greedy,
         top_logprobs=sampling.top_logprobs,

@@ -43,9 +43,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         _INT,
     ),
     "sample_greedy": (*[_POINTER] * 3, *[_INT64] * 3),
-    "sample": (*[_POINTER] * 5, *[_INT64] * 2),
+    "sample": (*[_POINTER] * 8, *[_INT64] * 3),
     "apply_penalties": (*[_POINTER] * 7, *[_INT64] * 3),
-    "apply_filters": (*[_POINTER] * 4, *[_INT64] * 2),
+    "filter_thresholds": (*[_POINTER] * 6, *[_INT64] * 3),
     "top_logprobs": (*[_POINTER] * 5, *[_INT64] * 4),
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From float32 logits to tokens. Logits of other dtypes go to the reference."""
+"""From float32 logits to tokens. Logits of other dtypes are widened first, or go to the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wavetrain_kernels.cpu.library import Library
 from wavetrain_kernels.reference import sampling as reference
 from wavetrain_kernels.reference.gumbel import GROUP_SIZE
 
-# N = rows, V = vocabulary size, L = distinct tokens of the longest row.
+# N = rows, V = vocabulary size, L = tokens of the longest row.
 
 
 class SamplingKernels:
@@ -30,13 +30,33 @@ class SamplingKernels:
             token_ids.data_ptr(), best.data_ptr(), logits.data_ptr(), logits.stride(0), num_rows, size
         )
 
-    def sample(self, out: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
-        """out [N] = a token of each row of logits [N, V], drawn by (seed, position)."""
+    def sample(
+        self,
+        token_ids: Tensor,
+        best: Tensor,
+        logits: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        temperature: Tensor,
+        lowest: Tensor | None,
+    ) -> None:
+        """token_ids [N] = of each row of logits [N, V] what (seed, position) draw, best [N] = its largest logit."""
+        logits = _whole_rows(logits.float())
         num_rows, size = logits.shape
-        seeds, positions = seeds.contiguous(), positions.contiguous()
-        workspace = self._library.scratch(num_rows * 2 * -(-size // GROUP_SIZE) * 4)
+        seeds, positions, temperature = seeds.contiguous(), positions.contiguous(), temperature.contiguous()
+        lowest = None if lowest is None else lowest.contiguous()
         self._library.sample(
-            out.data_ptr(), logits.data_ptr(), seeds.data_ptr(), positions.data_ptr(), workspace, num_rows, size
+            token_ids.data_ptr(),
+            best.data_ptr(),
+            logits.data_ptr(),
+            seeds.data_ptr(),
+            positions.data_ptr(),
+            temperature.data_ptr(),
+            None if lowest is None else lowest.data_ptr(),
+            self._library.scratch(num_rows * 2 * -(-size // GROUP_SIZE) * 4),
+            logits.stride(0),
+            num_rows,
+            size,
         )
 
     def apply_penalties(
@@ -63,13 +83,27 @@ class SamplingKernels:
             token_ids.shape[1],
         )
 
-    def apply_top_k_top_p_min_p(
-        self, logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+    def filter_thresholds(
+        self,
+        lowest: Tensor,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
     ) -> None:
-        """Sets excluded tokens of logits [N, V] to -inf: by min_p, then top_k, then top_p."""
+        """lowest [N] = what logits [N, V] / temperature must reach to be kept by min_p, then top_k, then top_p."""
+        logits, temperature = _whole_rows(logits.float()), temperature.contiguous()
         filters = [None if values is None else values.contiguous() for values in (top_k, top_p, min_p)]
         addresses = [None if values is None else values.data_ptr() for values in filters]
-        self._library.apply_filters(logits.data_ptr(), *addresses, *logits.shape)
+        self._library.filter_thresholds(
+            lowest.data_ptr(),
+            logits.data_ptr(),
+            temperature.data_ptr(),
+            *addresses,
+            logits.stride(0),
+            *logits.shape,
+        )
 
     def top_logprobs(self, ids: Tensor, logprobs: Tensor, ranks: Tensor, logits: Tensor, token_ids: Tensor) -> None:
         """Column 0 of ids and logprobs [N, 1 + k] = the given token with its rank [N]; the others = the k likeliest."""

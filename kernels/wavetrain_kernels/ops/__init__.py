@@ -17,7 +17,7 @@ from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotate_and_cache
 from wavetrain_kernels.ops.sampling import (
     apply_penalties,
-    apply_top_k_top_p_min_p,
+    filter_thresholds,
     sample,
     sample_greedy,
     top_logprobs,
@@ -37,10 +37,10 @@ __all__ = [
     "add_rms_norm",
     "allocate_kv_cache",
     "apply_penalties",
-    "apply_top_k_top_p_min_p",
     "choose_kernels",
     "embedding",
     "empty_experts",
+    "filter_thresholds",
     "fused_moe",
     "gated_linear",
     "implementation",

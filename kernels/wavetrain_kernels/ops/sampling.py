@@ -12,7 +12,7 @@ from torch import Tensor
 from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.ops.dispatch import implementation
 
-# N = rows, V = vocabulary size, L = distinct tokens of the longest row.
+# N = rows, V = vocabulary size, L = tokens of the longest row.
 
 
 def apply_penalties(
@@ -29,8 +29,8 @@ def apply_penalties(
     is in the output at all and `frequency` times its count there.
 
     Args:
-        token_ids: [N, L] int64, the distinct tokens of prompt and output. Shorter rows are padded by repeating one
-            of their tokens together with its count.
+        token_ids: [N, L] int64, the tokens of prompt and output in any order. One may come again, with the same
+            count, and is penalized once; that is how shorter rows are padded.
         output_counts: [N, L] int32, how often each of them occurs in the output; 0 for a token of the prompt only.
         repetition, presence, frequency: [N] float32; 1, 0 and 0 change nothing.
 
@@ -53,15 +53,22 @@ def apply_penalties(
     implementation(logits.device).apply_penalties(logits, token_ids, output_counts, repetition, presence, frequency)
 
 
-def apply_top_k_top_p_min_p(
-    logits: Tensor, *, top_k: Tensor | None = None, top_p: Tensor | None = None, min_p: Tensor | None = None
-) -> None:
-    """Sets the logits of excluded tokens to -inf, in place in logits [N, V]: by min_p, then top_k, then top_p.
+def filter_thresholds(
+    logits: Tensor,
+    temperature: Tensor,
+    *,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> Tensor:
+    """Returns what logits [N, V] / temperature must reach to be kept, [N] float32: by min_p, then top_k, then top_p.
 
     Each filter works on the distribution that the one before it left. Tokens exactly as likely as the last one kept
-    are kept too, so the result does not depend on the order of a sort.
+    are kept too, so the result does not depend on the order of a sort, and one number says it all. It is -inf in rows
+    of temperature 0 and in rows that cannot be sampled from. Logits may have any float dtype.
 
     Args:
+        temperature: [N] float32; 0 or more.
         top_k: [N] int64, how many of the likeliest tokens to keep; 0 or less keeps all.
         top_p: [N] float32 in (0, 1], keep likeliest tokens until their probability reaches it; 1 keeps all.
         min_p: [N] float32 in [0, 1], keep tokens at least this fraction as likely as the likeliest.
@@ -69,35 +76,49 @@ def apply_top_k_top_p_min_p(
     Raises:
         ShapeError, DtypeError: an argument is not as above.
     """
-    num_rows = _check_logits(logits).shape[0]
+    num_rows = _check_any_logits(logits).shape[0]
+    _check_rows("temperature", temperature, num_rows, torch.float32)
     if top_k is not None:
         _check_rows("top_k", top_k, num_rows, torch.int64)
     if top_p is not None:
         _check_rows("top_p", top_p, num_rows, torch.float32)
     if min_p is not None:
         _check_rows("min_p", min_p, num_rows, torch.float32)
-    implementation(logits.device).apply_top_k_top_p_min_p(logits, top_k, top_p, min_p)
+    lowest = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    implementation(logits.device).filter_thresholds(lowest, logits, temperature, top_k, top_p, min_p)
+    return lowest
 
 
-def sample(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """Draws a token id [N] int64 from softmax(logits [N, V]) of each row.
+def sample(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, lowest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draws a token id [N] int64 from softmax(logits [N, V] / temperature) of each row; returns it, and `best` [N].
 
-    The draw is a function of (logits, seed, position): a counter-based generator, see `reference/gumbel.py` for the
-    exact numbers. A row must have a finite logit, none NaN or +inf; of another row some token comes out.
+    A row of temperature 0 gets its likeliest token. `best`, float32, is the row's largest logit, as `sample_greedy`
+    has it: not finite exactly where the row cannot be sampled from; of such a row some token comes out.
+
+    The draw is a function of (logits, temperature, lowest, seed, position): a counter-based generator, see
+    `reference/gumbel.py` for the exact numbers. Logits may have any float dtype; they count as float32.
 
     Args:
         seeds: [N] int64.
         positions: [N] int64, the index in its sequence of the token that is drawn.
+        temperature: [N] float32; 0 or more.
+        lowest: [N] float32, of `filter_thresholds`: smaller ones of logits / temperature are never drawn. None: any.
 
     Raises:
         ShapeError, DtypeError: an argument is not as above.
     """
-    num_rows = _check_logits(logits).shape[0]
+    num_rows = _check_any_logits(logits).shape[0]
     _check_rows("seeds", seeds, num_rows, torch.int64)
     _check_rows("positions", positions, num_rows, torch.int64)
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    implementation(logits.device).sample(out, logits, seeds, positions)
-    return out
+    _check_rows("temperature", temperature, num_rows, torch.float32)
+    if lowest is not None:
+        _check_rows("lowest", lowest, num_rows, torch.float32)
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    best = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    implementation(logits.device).sample(token_ids, best, logits, seeds, positions, temperature, lowest)
+    return token_ids, best
 
 
 def sample_greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,10 +129,7 @@ def sample_greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ShapeError, DtypeError: logits are not as above.
     """
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ShapeError(f"logits must be [N, V], got {list(logits.shape)}")
-    if not logits.is_floating_point():
-        raise DtypeError(f"logits must be floating point, got {logits.dtype}")
+    _check_any_logits(logits)
     token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     best = torch.empty(logits.shape[0], dtype=logits.dtype, device=logits.device)
     implementation(logits.device).sample_greedy(token_ids, best, logits)
@@ -125,14 +143,10 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Ten
     columns 1 to k are the likeliest tokens in order. Logits may have any float dtype.
 
     Raises:
-        ShapeError: logits are not [N, V], token_ids not [N], or k not in [0, V].
+        ShapeError: logits are not [N, V] with some V, token_ids not [N], or k not in [0, V].
         DtypeError: logits are not floating point or token_ids not int64.
     """
-    if logits.dim() != 2:
-        raise ShapeError(f"logits must be [N, V], got {list(logits.shape)}")
-    if not logits.is_floating_point():
-        raise DtypeError(f"logits must be floating point, got {logits.dtype}")
-    num_rows, vocab_size = logits.shape
+    num_rows, vocab_size = _check_any_logits(logits).shape
     if not 0 <= k <= vocab_size:
         raise ShapeError(f"k must be between 0 and {vocab_size}, got {k}")
     _check_rows("token_ids", token_ids, num_rows, torch.int64)
@@ -141,6 +155,14 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Ten
     ranks = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     implementation(logits.device).top_logprobs(ids, logprobs, ranks, logits, token_ids)
     return ids, logprobs, ranks
+
+
+def _check_any_logits(logits: Tensor) -> Tensor:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ShapeError(f"logits must be [N, V], got {list(logits.shape)}")
+    if not logits.is_floating_point():
+        raise DtypeError(f"logits must be floating point, got {logits.dtype}")
+    return logits
 
 
 def _check_logits(logits: Tensor) -> Tensor:

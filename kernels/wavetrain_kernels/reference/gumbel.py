@@ -35,8 +35,28 @@ _MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = _signed(0x94D049BB133111EB)
 
 
-def sample(out: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
-    """out [N] = a token of each row of logits [N, V], drawn by (seed, position)."""
+def sample(
+    token_ids: Tensor,
+    best: Tensor,
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    lowest: Tensor | None,
+) -> None:
+    """token_ids [N] = of each row of logits [N, V] what (seed, position) draw, best [N] = its largest logit."""
+    logits = logits.float()
+    likeliest = torch.empty_like(token_ids)
+    torch.max(logits, dim=-1, out=(best, likeliest))
+    is_greedy = temperature == 0
+    scaled = logits / temperature.masked_fill(is_greedy, 1.0)[:, None]
+    if lowest is not None:
+        scaled.masked_fill_(scaled < lowest[:, None], float("-inf"))
+    _sample(token_ids, scaled, seeds, positions)
+    torch.where(is_greedy, likeliest, token_ids, out=token_ids)
+
+
+def _sample(out: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor) -> None:
     vocab_size = logits.shape[1]
     probs = torch.softmax(logits, dim=-1)
     keys = _mix(_mix(seeds) + positions)[:, None]

@@ -15,13 +15,13 @@ from wavetrain_kernels.reference.attention import paged_attention
 from wavetrain_kernels.reference.embedding import embedding
 from wavetrain_kernels.reference.gumbel import sample
 from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight
-from wavetrain_kernels.reference.moe import empty_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.reference.lora import lora_expand, lora_shrink, num_lora_parts, sort_by_adapter
+from wavetrain_kernels.reference.moe import empty_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.rotary import rotate_and_cache
 from wavetrain_kernels.reference.sampling import (
     apply_penalties,
-    apply_top_k_top_p_min_p,
+    filter_thresholds,
     sample_greedy,
     top_logprobs,
 )
@@ -57,7 +57,7 @@ REFERENCE = KernelSet(
     route_experts=route_experts,
     fused_moe=fused_moe,
     apply_penalties=apply_penalties,
-    apply_top_k_top_p_min_p=apply_top_k_top_p_min_p,
+    filter_thresholds=filter_thresholds,
     sample=sample,
     sample_greedy=sample_greedy,
     top_logprobs=top_logprobs,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# N = rows, V = vocabulary size, L = distinct tokens of the longest row.
+# N = rows, V = vocabulary size, L = tokens of the longest row.
 
 # Columns whose maximum is taken first when the k largest of a row are looked for.
 _SPAN = 32
@@ -28,17 +28,29 @@ def apply_penalties(
     logits.scatter_(1, token_ids, seen)
 
 
-def apply_top_k_top_p_min_p(logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> None:
-    """Sets excluded tokens of logits [N, V] to -inf: by min_p, then top_k, then top_p."""
+def filter_thresholds(
+    lowest: Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> None:
+    """lowest [N] = what logits [N, V] / temperature must reach to be kept by min_p, then top_k, then top_p."""
+    is_greedy = temperature == 0
+    scaled = logits.float() / temperature.masked_fill(is_greedy, 1.0)[:, None]
+    most = scaled.amax(-1)
+    lowest.fill_(float("-inf"))
     if min_p is not None:
-        lowest = logits.amax(-1, keepdim=True) + min_p.log()[:, None]
-        logits.masked_fill_(logits < lowest, float("-inf"))
+        torch.add(most, min_p.log(), out=lowest)
+        scaled.masked_fill_(scaled < lowest[:, None], float("-inf"))
     if top_k is not None:
         rows = ((top_k > 0) & (top_k < logits.shape[1])).nonzero().squeeze(1)
-        _for_rows(logits, rows, _keep_top_k, top_k)
+        _for_rows(lowest, scaled, rows, _top_k_threshold, top_k)
     if top_p is not None:
         rows = (top_p < 1.0).nonzero().squeeze(1)
-        _for_rows(logits, rows, _keep_top_p, top_p)
+        _for_rows(lowest, scaled, rows, _top_p_threshold, top_p)
+    lowest.masked_fill_(is_greedy | ~most.isfinite(), float("-inf"))
 
 
 def sample_greedy(token_ids: Tensor, best: Tensor, logits: Tensor) -> None:
@@ -58,27 +70,26 @@ def top_logprobs(ids: Tensor, logprobs: Tensor, ranks: Tensor, logits: Tensor, t
         logprobs[:, 1:], ids[:, 1:] = _largest(scores, ids.shape[1] - 1)
 
 
-def _for_rows(logits: Tensor, rows: Tensor, keep: Callable[[Tensor, Tensor], None], values: Tensor) -> None:
-    """Applies `keep` in place to the given rows with their values; all rows at once where these are all."""
+def _for_rows(
+    lowest: Tensor, logits: Tensor, rows: Tensor, find: Callable[[Tensor, Tensor], Tensor], values: Tensor
+) -> None:
+    """Raises the given rows' `lowest` to what `find` says of them and their values; excludes what lies below."""
     if not rows.shape[0]:
         return
-    if rows.shape[0] == logits.shape[0]:
-        keep(logits, values)
-    else:
-        chosen = logits.index_select(0, rows)
-        keep(chosen, values.index_select(0, rows))
-        logits.index_copy_(0, rows, chosen)
+    chosen = logits.index_select(0, rows)
+    found = torch.maximum(lowest.index_select(0, rows), find(chosen, values.index_select(0, rows)))
+    lowest.index_copy_(0, rows, found)
+    logits.index_copy_(0, rows, chosen.masked_fill_(chosen < found[:, None], float("-inf")))
 
 
-def _keep_top_k(logits: Tensor, top_k: Tensor) -> None:
+def _top_k_threshold(logits: Tensor, top_k: Tensor) -> Tensor:
     largest, _ = _largest(logits, int(top_k.max()))
-    lowest = largest.gather(1, top_k[:, None] - 1)
-    logits.masked_fill_(logits < lowest, float("-inf"))
+    return largest.gather(1, top_k[:, None] - 1).squeeze(1)
 
 
-def _keep_top_p(logits: Tensor, top_p: Tensor) -> None:
+def _top_p_threshold(logits: Tensor, top_p: Tensor) -> Tensor:
     probs = torch.softmax(logits, dim=-1)
-    lowest = torch.zeros_like(top_p)
+    least = torch.zeros_like(top_p)
     pending = torch.arange(logits.shape[0], device=logits.device)
     num_candidates = _FIRST_CANDIDATES
     while pending.shape[0]:
@@ -88,10 +99,10 @@ def _keep_top_p(logits: Tensor, top_p: Tensor) -> None:
         is_kept = largest.cumsum(-1).roll(1, dims=-1) < top_p.index_select(0, pending)[:, None]
         is_kept[:, 0] = True
         is_done = ~is_kept[:, -1] if num_candidates < logits.shape[1] else torch.ones_like(is_kept[:, -1])
-        lowest[pending[is_done]] = largest.masked_fill(~is_kept, float("inf")).amin(-1)[is_done]
+        least[pending[is_done]] = largest.masked_fill(~is_kept, float("inf")).amin(-1)[is_done]
         pending = pending[~is_done]
         num_candidates *= _CANDIDATE_GROWTH
-    logits.masked_fill_(probs < lowest[:, None], float("-inf"))
+    return logits.masked_fill(probs < least[:, None], float("inf")).amin(-1)
 
 
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def ramp(num_rows: int = 1) -> torch.Tensor:
 def test_greedy_rows_ask_for_nothing():
     state = make_state(*[SamplingParams(**GREEDY)] * 3, SamplingParams(top_k=1), SamplingParams(temperature=1e-9))
     batch = state.batch([0, 1, 2, 3, 4])
-    assert (batch.num_rows, batch.random, batch.has_edits, batch.num_logprobs) == (5, None, False, None)
+    assert (batch.num_rows, batch.random, batch.has_edits, batch.logprobs) == (5, None, False, None)
     assert state.batch([0, 1, 2, 3, 4]) is batch
     logits = random_logits(5)
     result = Sampler().sample(logits, batch)
@@ -95,6 +95,47 @@ def test_a_seed_gives_the_same_tokens_in_any_batch_and_after_preemption():
         result = sample(crowd, logits, [row, 0, 1])
         assert result.token_ids[0] == tokens[step]
         crowd.append([row, 0, 1], result.token_ids)
+
+
+# Temperature, filters and edits of 50 rows, and what the first sampler that we released drew for them.
+KNOWN_PARAMS = [
+    {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, **edits}
+    for temperature in (0.0, 0.3, 1.0, 0.77, 2.5)
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.83, 0.0), (0, 1.0, 0.11), (25, 0.9, 0.03))
+    for edits in ({}, {"repetition_penalty": 1.3, "logit_bias": {1: 0.5}})
+]
+# fmt: off
+KNOWN_TOKENS = {
+    0: [
+        554, 537, 520, 870, 299, 282, 1186, 61, 44, 1502, 288, 2763,
+        4034, 139, 4402, 3803, 3260, 3395, 975, 4649, 2535, 793, 1087, 1624,
+        3250, 1674, 4574, 595, 244, 4472, 2683, 2056, 356, 339, 135, 1864,
+        3834, 1566, 1916, 3374, 1349, 2406, 1287, 1083, 3871, 1404, 548, 1129,
+        444, 2456,
+    ],
+    5: [
+        554, 3307, 520, 3640, 299, 3052, 1186, 2831, 44, 4272, 2593, 2702,
+        343, 880, 2158, 119, 3225, 812, 4299, 3728, 2694, 1368, 3303, 1257,
+        1607, 122, 1026, 4749, 2647, 227, 4663, 4501, 2572, 3663, 544, 4010,
+        1223, 4025, 3758, 424, 3735, 4933, 1287, 2191, 334, 2407, 2369, 4388,
+        1919, 2269,
+    ],
+}
+# fmt: on
+
+
+def test_a_seed_gives_the_tokens_that_it_always_gave():
+    """Whoever keeps a seed to get the same text again relies on it."""
+    num_rows, vocab_size = len(KNOWN_PARAMS), 5003
+    state = SamplingState(vocab_size, torch.device("cpu"))
+    for row, params in enumerate(KNOWN_PARAMS):
+        state.add(row, SamplingParams(seed=77 * row, **params), [0, vocab_size // 2], 2, [], 77 * row)
+    for step in range(6):
+        counter = torch.arange(num_rows * vocab_size).view(num_rows, vocab_size) + step * 1000003
+        logits = (counter * 2654435761 % 1000003).double() / 1000003 * 12
+        tokens = sample(state, logits.float(), list(range(num_rows))).token_ids
+        assert tokens == KNOWN_TOKENS.get(step, tokens)
+        state.append(list(range(num_rows)), tokens)
 
 
 def test_seeds_and_positions_matter():
@@ -230,7 +271,54 @@ def test_several_tokens_of_a_row_at_once():
     for token_id in (39, 39, 38):
         other.append([0], [token_id])
     assert sample(one, ramp()) == sample(other, ramp())
-    assert one.batch([0]).penalties.output_counts[0].tolist() == [0, 0, 0, 2, 1]
+    assert one.batch([0]).penalties.output_counts[0].tolist() == [0, 0, 0, 2, 2, 1]
+
+
+def test_tokens_that_the_host_has_not_seen():
+    """The state is told of tokens where the sampler left them; penalties and bad words are those of told ids."""
+    params = [
+        SamplingParams(**GREEDY, frequency_penalty=1.5, repetition_penalty=1.2),
+        SamplingParams(seed=4, presence_penalty=0.5, bad_words_token_ids=[[39, 38], [1, 2, 3], [39], [5, 39, 39]]),
+        SamplingParams(**GREEDY),
+        SamplingParams(seed=5, bad_words_token_ids=[[token_id, token_id] for token_id in range(VOCAB_SIZE)]),
+        SamplingParams(**GREEDY, min_tokens=3, stop_token_ids=[37]),
+    ]
+    told, unseen = make_state(*params), make_state(*params)
+    rows, sampler = [3, 0, 4, 1, 2], Sampler()
+    for step in range(30):
+        if step == 20:
+            rows = [0, 3, 1]
+        logits = random_logits(len(rows), seed=step) + ramp()
+        expected = sampler.sample(logits, told.batch(rows)).token_ids
+        told.append(rows[:2], expected[:2])  # other rows than the batch's, so it is gathered anew
+        told.append(rows[2:], expected[2:])
+        drawn = sampler.launch(logits, unseen.batch(rows))
+        unseen.append(rows, drawn.token_ids)
+        assert sampler.finish(drawn.map(torch.clone)).token_ids == expected
+
+
+def test_bad_words_look_back_as_far_as_they_are_long():
+    words = [[7, 8, 39], [9, 38], [3, 1, 2, 3, 37]]
+    state = make_state(SamplingParams(**GREEDY, bad_words_token_ids=words))
+    seen = []
+    for token_id in (7, 8, 9, 8, 7):
+        seen += sample(state, ramp()).token_ids
+        state.append([0], [token_id])
+    assert seen == [39, 39, 38, 39, 39]
+    resumed = SamplingState(VOCAB_SIZE, torch.device("cpu"))
+    resumed.add(0, SamplingParams(**GREEDY, bad_words_token_ids=words), [1, 7, 8], 1, EOS, 0)
+    assert sample(resumed, ramp()).token_ids == [38]
+
+
+def test_a_batch_that_goes_on_gathers_nothing_but_positions():
+    state = make_state(SamplingParams(seed=1, top_p=0.9), SamplingParams(seed=2))
+    first = state.batch([0, 1])
+    state.append([0, 1], torch.tensor([5, 6]))
+    second = state.batch([0, 1])
+    assert first.random.positions.tolist() == [3, 3]
+    assert second.random.positions.tolist() == [4, 4]
+    assert second.random.top_p is first.random.top_p
+    assert state.batch([1, 0]).random.positions.tolist() == [4, 4]
 
 
 def test_nan_and_inf_end_only_their_row():
@@ -315,9 +403,10 @@ def test_rows_are_taken_and_freed():
 
 def test_none_for_what_no_row_asks():
     random = make_state(SamplingParams(seed=1), SamplingParams(seed=2, top_k=VOCAB_SIZE)).batch([0, 1]).random
-    assert (random.rows, random.top_k, random.top_p, random.min_p) == (None, None, None, None)
+    assert (random.top_k, random.top_p, random.min_p, random.has_filters) == (None, None, None, False)
     assert random.seeds.tolist() == [1, 2]
     assert random.positions.tolist() == [3, 3]
     mixed = make_state(SamplingParams(**GREEDY), SamplingParams(seed=2, top_k=-1), SamplingParams(seed=3, top_k=4))
     random = mixed.batch([2, 0, 1]).random
-    assert (random.rows.tolist(), random.top_k.tolist()) == ([0, 2], [4, 0])
+    assert (random.temperature.tolist(), random.top_k.tolist()) == ([1, 0, 1], [4, 0, 0])
+    assert random.has_filters

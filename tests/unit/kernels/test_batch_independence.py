@@ -93,16 +93,16 @@ def test_rows_of_logits() -> None:
     num_rows, vocab_size = 5, 40_001
     logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(1)) * 3
     seeds, positions, given = torch.arange(3 * num_rows).view(3, num_rows).clone().unbind()
+    temperature = torch.tensor([1.0, 0.8, 0.0, 1.7, 0.3])
     top_k, top_p, min_p = torch.tensor([0, 50, 0, 0, 9]), torch.full((num_rows,), 0.9), torch.full((num_rows,), 0.01)
 
     def results(rows: slice) -> list[Tensor]:
-        kept = logits[rows].clone()
-        ops.apply_top_k_top_p_min_p(kept, top_k=top_k[rows], top_p=top_p[rows], min_p=min_p[rows])
-        drawn = ops.sample(kept, seeds[rows], positions[rows])
+        filters = {"top_k": top_k[rows], "top_p": top_p[rows], "min_p": min_p[rows]}
+        lowest = ops.filter_thresholds(logits[rows], temperature[rows], **filters)
         return [
-            kept,
-            drawn,
-            ops.sample(logits[rows].clone(), seeds[rows], positions[rows]),
+            lowest,
+            *ops.sample(logits[rows], seeds[rows], positions[rows], temperature[rows], lowest),
+            *ops.sample(logits[rows], seeds[rows], positions[rows], temperature[rows]),
             *ops.sample_greedy(logits[rows]),
             *ops.top_logprobs(logits[rows], given[rows], 7),
         ]

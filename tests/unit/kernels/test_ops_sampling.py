@@ -35,12 +35,23 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+def keep(logits: torch.Tensor, **filters: torch.Tensor) -> torch.Tensor:
+    """The logits with -inf for those that the filters exclude."""
+    lowest = ops.filter_thresholds(logits, torch.ones(logits.shape[0]), **filters)
+    return torch.where(logits < lowest[:, None], -math.inf, logits)
+
+
+def draw(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Tokens at temperature 1."""
+    return ops.sample(logits, seeds, positions, torch.ones(logits.shape[0]))[0]
+
+
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("top_k", [1, 3, 60, 700])
 def test_top_k_is_hugging_face(vocab_size, top_k):
     logits = random_logits(3, vocab_size)
     expected = TopKLogitsWarper(top_k)(None, logits.clone())
-    ops.apply_top_k_top_p_min_p(logits, top_k=ints(top_k, top_k, top_k))
+    logits = keep(logits, top_k=ints(top_k, top_k, top_k))
     assert torch.equal(logits, expected)
 
 
@@ -51,7 +62,7 @@ def test_top_p_is_hugging_face(vocab_size, top_p, scale):
     """A flat distribution needs most of the vocabulary, a peaked one a few tokens."""
     logits = random_logits(3, vocab_size, scale)
     expected = TopPLogitsWarper(top_p)(None, logits.clone())
-    ops.apply_top_k_top_p_min_p(logits, top_p=floats(top_p, top_p, top_p))
+    logits = keep(logits, top_p=floats(top_p, top_p, top_p))
     num_different = (logits.isinf() != expected.isinf()).sum(-1)
     # Sums in another order may decide about the very last token otherwise.
     assert num_different.max() <= (1 if vocab_size >= 1000 else 0)
@@ -62,7 +73,7 @@ def test_top_p_is_hugging_face(vocab_size, top_p, scale):
 def test_min_p_is_hugging_face(vocab_size, min_p):
     logits = random_logits(3, vocab_size)
     expected = MinPLogitsWarper(min_p)(None, logits.clone())
-    ops.apply_top_k_top_p_min_p(logits, min_p=floats(min_p, min_p, min_p))
+    logits = keep(logits, min_p=floats(min_p, min_p, min_p))
     assert torch.equal(logits, expected)
 
 
@@ -77,26 +88,54 @@ def test_filters_follow_each_other_and_rows_differ():
             expected[row] = TopKLogitsWarper(top_k[row])(None, expected[row : row + 1])
         if top_p[row] < 1.0:
             expected[row] = TopPLogitsWarper(top_p[row])(None, expected[row : row + 1])
-    ops.apply_top_k_top_p_min_p(logits, top_k=ints(*top_k), top_p=floats(*top_p), min_p=floats(*min_p))
-    assert torch.equal(logits, expected)
+    kept = keep(logits, top_k=ints(*top_k), top_p=floats(*top_p), min_p=floats(*min_p))
+    assert torch.equal(kept, expected)
 
 
 def test_equals_of_the_last_kept_token_are_kept():
     logits = floats(5, 4, 4, 4, 1)[None]
-    ops.apply_top_k_top_p_min_p(logits, top_k=ints(2))
-    assert torch.equal(logits, floats(5, 4, 4, 4, -math.inf)[None])
-    flat = torch.zeros(1, 300)
-    ops.apply_top_k_top_p_min_p(flat, top_p=floats(0.5))
-    assert not flat.isinf().any()
+    assert torch.equal(keep(logits, top_k=ints(2)), floats(5, 4, 4, 4, -math.inf)[None])
+    assert not keep(torch.zeros(1, 300), top_p=floats(0.5)).isinf().any()
 
 
 def test_filters_that_are_off_change_nothing():
     logits = random_logits(2, 300)
-    before = logits.clone()
-    ops.apply_top_k_top_p_min_p(logits)
-    ops.apply_top_k_top_p_min_p(logits, top_k=ints(0, -1), top_p=floats(1, 1), min_p=floats(0, 0))
+    for filters in ({}, {"top_k": ints(0, -1), "top_p": floats(1, 1), "min_p": floats(0, 0)}):
+        assert ops.filter_thresholds(logits, floats(1, 0.5), **filters).tolist() == [-math.inf] * 2
+    everything = {"top_k": ints(3, 3), "top_p": floats(0.5, 0.5), "min_p": floats(0.1, 0.1)}
+    assert ops.filter_thresholds(logits, floats(0, 1), **everything).isinf().tolist() == [True, False]
+    assert ops.filter_thresholds(logits[:0], floats(), top_k=ints(), top_p=floats(), min_p=floats()).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_are_divided_by_the_temperature_and_left_alone(dtype):
+    logits = random_logits(4, 1003).to(dtype)[:, 1:-1]
+    before, temperature = logits.clone(), floats(0.3, 1.0, 2.5, 0.7)
+    filters = {"top_k": ints(9, 0, 30, 0), "top_p": floats(1.0, 0.8, 0.9, 0.999), "min_p": floats(0, 0, 0.1, 0)}
+    scaled = logits.float() / temperature[:, None]
+    lowest = ops.filter_thresholds(logits, temperature, **filters)
+    assert torch.equal(lowest, ops.filter_thresholds(scaled, torch.ones(4), **filters))
+    seeds, positions = ints(1, 2, 3, 4), ints(5, 6, 7, 8)
+    drawn, best = ops.sample(logits, seeds, positions, temperature, lowest)
+    assert torch.equal(best, logits.float().amax(-1))
+    assert torch.equal(drawn, draw(keep(scaled, **filters), seeds, positions))
     assert torch.equal(logits, before)
-    ops.apply_top_k_top_p_min_p(logits[:0], top_k=ints(), top_p=floats(), min_p=floats())
+
+
+def test_a_row_without_temperature_gets_its_likeliest_token():
+    logits = random_logits(6, 700)
+    logits[1, 300:] = logits[1, 300]
+    logits[2, 699], logits[3, 600], logits[4], logits[5, 5:] = math.inf, math.nan, -math.inf, 50.0
+    temperature = floats(0, 0, 0, 0, 0, 0)
+    drawn, best = ops.sample(logits, torch.arange(6), torch.arange(6), temperature, torch.full((6,), -math.inf))
+    expected, expected_best = ops.sample_greedy(logits)
+    assert torch.equal(drawn, expected)
+    assert torch.equal(best.nan_to_num(), expected_best.nan_to_num())
+    temperature[::2] = 1.0
+    mixed = ops.sample(logits, torch.arange(6), torch.arange(6), temperature)
+    assert mixed[0][1::2].tolist() == expected[1::2].tolist()
+    assert mixed[0][0] == draw(logits[:1], ints(0), ints(0))[0]
+    assert mixed[1].isfinite().tolist() == [True, True, False, False, False, True]
 
 
 def test_penalties_are_their_definition():
@@ -147,7 +186,7 @@ def test_the_draw_is_the_documented_one(vocab_size):
     logits = random_logits(20, vocab_size, 1.0)
     seeds = [0, 1, -1, 2**63 - 1, -(2**63)] * 4
     positions = [n * n * 1000 for n in range(20)]
-    drawn = ops.sample(logits, ints(*seeds), ints(*positions)).tolist()
+    drawn = draw(logits, ints(*seeds), ints(*positions)).tolist()
     rows = zip(logits.tolist(), seeds, positions, strict=True)
     assert drawn == [python_token(row, seed, position) for row, seed, position in rows]
 
@@ -161,12 +200,18 @@ LARGE = [(1, 70001), (3, 40000), (130, 1003)]
 def test_tokens_are_those_of_the_reference(num_rows, vocab_size, scale):
     logits = random_logits(num_rows, vocab_size, scale)
     seeds, positions = torch.arange(num_rows) * 7919, torch.arange(num_rows)
-    expected = torch.empty(num_rows, dtype=torch.int64)
-    REFERENCE.sample(expected, logits, seeds, positions)
-    drawn = ops.sample(logits, seeds, positions)
-    assert torch.equal(drawn, expected)
+    temperature = torch.arange(num_rows) % 4 / 2.0
+    temperature[0] = 1.0
+    lowest = torch.where(torch.arange(num_rows) % 2 == 0, -math.inf, logits.amax(-1) / temperature - 3.0)
+    for threshold in (None, lowest):
+        expected, best = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+        REFERENCE.sample(expected, best, logits, seeds, positions, temperature, threshold)
+        drawn = ops.sample(logits, seeds, positions, temperature, threshold)
+        assert torch.equal(drawn[0], expected)
+        assert torch.equal(drawn[1], best)
     for row in (0, num_rows - 1):
-        assert ops.sample(logits[row : row + 1], seeds[row : row + 1], positions[row : row + 1])[0] == drawn[row]
+        one = slice(row, row + 1)
+        assert ops.sample(logits[one], seeds[one], positions[one], temperature[one], lowest[one])[0] == drawn[0][row]
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 5.0])
@@ -178,13 +223,12 @@ def test_kept_tokens_are_those_of_the_reference(num_rows, vocab_size, scale):
     top_p, min_p = torch.rand(2, num_rows, generator=generator) * torch.tensor([[0.98], [0.3]]) + 0.01
     top_k[::3], min_p[1::3] = 40, 0.0
     for filters in ((top_k, None, None), (None, top_p, None), (None, None, min_p), (top_k, top_p, min_p)):
-        kept, expected = logits.clone(), logits.clone()
-        ops.apply_top_k_top_p_min_p(kept, top_k=filters[0], top_p=filters[1], min_p=filters[2])
-        REFERENCE.apply_top_k_top_p_min_p(expected, *filters)
-        num_different = (kept.isinf() != expected.isinf()).sum(-1).max()
+        is_kept = ~keep(logits, top_k=filters[0], top_p=filters[1], min_p=filters[2]).isinf()
+        expected = torch.empty(num_rows)
+        REFERENCE.filter_thresholds(expected, logits, torch.ones(num_rows), *filters)
+        num_different = (is_kept != (logits >= expected[:, None])).sum(-1).max()
         # A sum in another order may decide about the last of many almost equal tokens otherwise.
         assert num_different <= (0 if filters[1] is None else 3)
-        assert torch.equal(kept[~kept.isinf()], logits[~kept.isinf()])
 
 
 @pytest.mark.parametrize(("num_rows", "vocab_size"), LARGE)
@@ -242,14 +286,14 @@ def test_draws_follow_the_distribution(vocab_size, critical, vary):
     logits = random_logits(1, vocab_size, 0.8)
     counter, fixed = torch.arange(num_draws), torch.full((num_draws,), 1234)
     seeds, positions = (fixed, counter) if vary == "position" else (counter, fixed)
-    drawn = ops.sample(logits.expand(num_draws, -1).contiguous(), seeds, positions)
+    drawn = draw(logits.expand(num_draws, -1).contiguous(), seeds, positions)
     assert chi_square(drawn.bincount(minlength=vocab_size), logits[0].softmax(-1)) < critical
 
 
 def test_neighbouring_positions_are_independent():
     num_draws = 20000
     logits = torch.zeros(num_draws, 4)
-    drawn = ops.sample(logits, torch.full((num_draws,), 7), torch.arange(num_draws))
+    drawn = draw(logits, torch.full((num_draws,), 7), torch.arange(num_draws))
     pairs = (drawn[:-1] * 4 + drawn[1:]).bincount(minlength=16)
     assert chi_square(pairs, torch.full((16,), 1 / 16)) < 37.7
 
@@ -257,16 +301,25 @@ def test_neighbouring_positions_are_independent():
 def test_a_forbidden_token_is_never_drawn():
     logits = torch.full((4000, 260), -math.inf)
     logits[:, [3, 200, 259]] = 0.0
-    drawn = ops.sample(logits, torch.zeros(4000).long(), torch.arange(4000))
+    drawn = draw(logits, torch.zeros(4000).long(), torch.arange(4000))
     assert set(drawn.tolist()) == {3, 200, 259}
 
 
 def test_invalid_rows_draw_some_token_of_the_vocabulary():
     logits = torch.zeros(4, 130)
     logits[0], logits[1, 3], logits[2, 129], logits[3] = math.nan, math.nan, math.inf, -math.inf
-    drawn = ops.sample(logits, ints(1, 2, 3, 4), ints(1, 2, 3, 4))
-    assert ((drawn >= 0) & (drawn < 130)).all()
-    ops.apply_top_k_top_p_min_p(logits, top_k=ints(3, 3, 3, 3), top_p=floats(0.5, 0.5, 0.5, 0.5))
+    lowest = ops.filter_thresholds(
+        logits,
+        torch.ones(4),
+        top_k=ints(3, 3, 3, 3),
+        top_p=floats(0.5, 0.5, 0.5, 0.5),
+        min_p=floats(0.1, 0.1, 0.1, 0.1),
+    )
+    assert lowest.tolist() == [-math.inf] * 4
+    for threshold in (None, lowest, torch.ones(4)):
+        drawn, best = ops.sample(logits, ints(1, 2, 3, 4), ints(1, 2, 3, 4), torch.ones(4), threshold)
+        assert ((drawn >= 0) & (drawn < 130)).all()
+        assert not best.isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -343,22 +396,46 @@ def test_penalties_that_do_not_fit(changes, error, message):
         ({"top_p": ints(1, 1)}, DtypeError, "top_p must be torch.float32"),
         ({"min_p": floats(0)}, ShapeError, "min_p must be .2."),
         ({"min_p": ints(0, 0)}, DtypeError, "min_p must be torch.float32"),
+        ({"temperature": floats(1)}, ShapeError, "temperature must be .2."),
+        ({"temperature": ints(1, 1)}, DtypeError, "temperature must be torch.float32"),
+        ({"logits": torch.zeros(2)}, ShapeError, "logits must be"),
+        ({"logits": torch.zeros(2, 0)}, ShapeError, "logits must be"),
+        ({"logits": torch.zeros(2, 9).int()}, DtypeError, "logits must be floating"),
     ],
 )
 def test_filters_that_do_not_fit(filters, error, message):
     with pytest.raises(error, match=message):
-        ops.apply_top_k_top_p_min_p(torch.zeros(2, 9), **filters)
+        ops.filter_thresholds(**{"logits": torch.zeros(2, 9), "temperature": floats(1, 1)} | filters)
 
 
-def test_draws_that_do_not_fit():
-    with pytest.raises(ShapeError, match="logits must be"):
-        ops.sample(torch.zeros(2, 0), ints(1, 2), ints(1, 2))
-    with pytest.raises(DtypeError, match="logits must be float32"):
-        ops.sample(torch.zeros(2, 3).half(), ints(1, 2), ints(1, 2))
-    with pytest.raises(ShapeError, match="seeds must be"):
-        ops.sample(torch.zeros(2, 3), ints(1), ints(1, 2))
-    with pytest.raises(DtypeError, match="positions must be"):
-        ops.sample(torch.zeros(2, 3), ints(1, 2), ints(1, 2).int())
+GOOD_DRAW = {
+    "logits": torch.zeros(2, 3),
+    "seeds": ints(1, 2),
+    "positions": ints(1, 2),
+    "temperature": floats(1, 1),
+    "lowest": floats(0, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logits": torch.zeros(2, 0)}, ShapeError, "logits must be"),
+        ({"logits": torch.zeros(2, 3).int()}, DtypeError, "logits must be floating"),
+        ({"seeds": ints(1)}, ShapeError, "seeds must be"),
+        ({"positions": ints(1, 2).int()}, DtypeError, "positions must be"),
+        ({"temperature": floats(1)}, ShapeError, "temperature must be"),
+        ({"temperature": ints(1, 1)}, DtypeError, "temperature must be"),
+        ({"lowest": floats(1, 1, 1)}, ShapeError, "lowest must be"),
+        ({"lowest": floats(1, 1).double()}, DtypeError, "lowest must be"),
+    ],
+)
+def test_draws_that_do_not_fit(changes, error, message):
+    with pytest.raises(error, match=message):
+        ops.sample(**GOOD_DRAW | changes)
+
+
+def test_greedy_that_does_not_fit():
     with pytest.raises(ShapeError, match="logits must be"):
         ops.sample_greedy(torch.zeros(3))
     with pytest.raises(DtypeError, match="logits must be floating"):

@@ -107,10 +107,12 @@ inline float last_kept(float* values, float* weights, int64_t count, double targ
 }
 
 struct Filters {
-    float* logits;  // [num_rows, size]
-    const int64_t* top_k;        // each [num_rows], or null
+    float* lowest;              // [num_rows], what a logit must reach once divided by the temperature
+    const float* logits;        // [num_rows, size]
+    const float* temperatures;  // [num_rows]; 0: nothing is excluded
+    const int64_t* top_k;       // each [num_rows], or null
     const float *top_p, *min_p;
-    int64_t num_rows, size;
+    int64_t stride, num_rows, size;
 };
 
 // What a row must reach: at least `lowest`, and the top_p of what does. `values` and `weights` are [size] of workspace.
@@ -132,16 +134,21 @@ inline float top_p_threshold(const float* x, int64_t size, float most, float low
     return last_kept(values, weights, count, target);
 }
 
-inline void filter_row(const Filters& op, int64_t row) {
+inline float lowest_of_row(const Filters& op, int64_t row) {
     int64_t size = op.size, top_k = op.top_k ? op.top_k[row] : 0;
-    float top_p = op.top_p ? op.top_p[row] : 1.0f, min_p = op.min_p ? op.min_p[row] : 0.0f;
+    float top_p = op.top_p ? op.top_p[row] : 1.0f, min_p = op.min_p ? op.min_p[row] : 0.0f, temperature = op.temperatures[row];
     bool has_top_k = top_k > 0 && top_k < size;
-    if (!has_top_k && !(top_p < 1.0f) && !(min_p > 0.0f)) return;
-    float* x = op.logits + row * size;
-    float* maxima = (float*)thread_memory().reserve((num_spans(size) + 2 * size) * (int64_t)sizeof(float));
+    if (temperature == 0.0f || (!has_top_k && !(top_p < 1.0f) && !(min_p > 0.0f))) return -kInfinity;
+    const float* x = op.logits + row * op.stride;
+    float* maxima = (float*)thread_memory().reserve((num_spans(size) + 3 * size) * (int64_t)sizeof(float));
     float *values = maxima + num_spans(size), *weights = values + size;
+    if (temperature != 1.0f) {
+        float* scaled = weights + size;
+        for (int64_t i = 0; i < size; ++i) scaled[i] = x[i] / temperature;
+        x = scaled;
+    }
     Largest most = span_maxima(maxima, x, size);
-    if (most.has_nan || !isfinite(most.value)) return;  // nothing can be drawn from this row
+    if (most.has_nan || !isfinite(most.value)) return -kInfinity;  // nothing can be drawn from this row
     float lowest = min_p > 0.0f ? most.value + logf(min_p) : -kInfinity;
     if (has_top_k) {
         int64_t count = 0;
@@ -150,20 +157,14 @@ inline void filter_row(const Filters& op, int64_t row) {
         lowest = std::max(lowest, values[top_k - 1]);
     }
     if (top_p < 1.0f) lowest = std::max(lowest, top_p_threshold(x, size, most.value, lowest, top_p, values, weights));
-    int64_t at = 0;
-    for (; at + kLanes <= size; at += kLanes) {
-        Floats value = load(x + at);
-        store(x + at, where_less(value, broadcast(lowest), broadcast(-kInfinity), value));
-    }
-    for (; at < size; ++at)
-        if (x[at] < lowest) x[at] = -kInfinity;
+    return lowest;
 }
 
-inline void apply_filters(const Filters& op) {
+inline void filter_thresholds(const Filters& op) {
 #pragma omp parallel if (is_worth_threads(op.num_rows * op.size))
     {
         Range rows = share(op.num_rows);
-        for (int64_t row = rows.begin; row < rows.end; ++row) filter_row(op, row);
+        for (int64_t row = rows.begin; row < rows.end; ++row) op.lowest[row] = lowest_of_row(op, row);
     }
 }
 

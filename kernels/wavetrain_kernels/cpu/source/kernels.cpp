@@ -120,9 +120,10 @@ void wavetrain_sample_greedy(int64_t* token_ids, float* best, const float* logit
     sample_greedy(token_ids, best, logits, stride, num_rows, size);
 }
 
-void wavetrain_sample(int64_t* token_ids, const float* logits, const int64_t* seeds, const int64_t* positions, float* workspace,
-                      int64_t num_rows, int64_t size) {
-    sample({token_ids, logits, seeds, positions, workspace, num_rows, size});
+void wavetrain_sample(int64_t* token_ids, float* best, const float* logits, const int64_t* seeds, const int64_t* positions,
+                      const float* temperatures, const float* lowest, float* workspace, int64_t stride, int64_t num_rows,
+                      int64_t size) {
+    sample({token_ids, best, logits, seeds, positions, temperatures, lowest, workspace, stride, num_rows, size});
 }
 
 void wavetrain_apply_penalties(float* logits, const int64_t* token_ids, const int32_t* output_counts, const float* repetition,
@@ -131,8 +132,9 @@ void wavetrain_apply_penalties(float* logits, const int64_t* token_ids, const in
     apply_penalties({logits, token_ids, output_counts, repetition, presence, frequency, workspace, num_rows, size, count});
 }
 
-void wavetrain_apply_filters(float* logits, const int64_t* top_k, const float* top_p, const float* min_p, int64_t num_rows, int64_t size) {
-    apply_filters({logits, top_k, top_p, min_p, num_rows, size});
+void wavetrain_filter_thresholds(float* lowest, const float* logits, const float* temperatures, const int64_t* top_k,
+                                 const float* top_p, const float* min_p, int64_t stride, int64_t num_rows, int64_t size) {
+    filter_thresholds({lowest, logits, temperatures, top_k, top_p, min_p, stride, num_rows, size});
 }
 
 void wavetrain_top_logprobs(int64_t* ids, float* logprobs, int64_t* ranks, const float* logits, const int64_t* token_ids,

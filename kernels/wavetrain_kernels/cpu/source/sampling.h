@@ -161,44 +161,79 @@ inline int64_t draw(const float* weights, int64_t count, uint64_t key, uint64_t 
     return chosen;
 }
 
-// exp(x - most) of a group, which may be short; the others are 0. Returns the largest of the group, -infinity without any.
-inline float weigh_group(Floats (&weights)[kGroup / kLanes], const float* x, int64_t count) {
+// exp((x - most) / temperature) of a group, which may be short; 0 for what is below `lowest` once divided, and for all where
+// the temperature is 0. Returns the largest x of the group; NaN if there is one.
+inline float weigh_group(Floats (&weights)[kGroup / kLanes], const float* x, int64_t count, float temperature, float lowest) {
     float padded[kGroup];
     if (count < kGroup) {
         for (int64_t i = 0; i < kGroup; ++i) padded[i] = i < count ? x[i] : -kInfinity;
         x = padded;
     }
     Floats most = broadcast(-kInfinity);
-    for (int i = 0; i < kGroup / kLanes; ++i) most = max(load(x + i * kLanes), most);
-    float value = largest(most);
-    for (int i = 0; i < kGroup / kLanes; ++i)
-        weights[i] = value == -kInfinity ? broadcast(0.0f) : exp(sub(load(x + i * kLanes), broadcast(value)));
-    return value;
+    bool has_nan = false;
+    for (int i = 0; i < kGroup / kLanes; ++i) {
+        Floats values = load(x + i * kLanes);
+        has_nan |= any_differs(values, values);
+        most = max(values, most);
+    }
+    float raw = largest(most), value = raw / temperature;  // also the largest of the divided: a larger x is never divided to less
+    bool is_empty = temperature == 0.0f || has_nan || value == -kInfinity || value < lowest;
+    for (int i = 0; i < kGroup / kLanes; ++i) {
+        if (is_empty) {
+            weights[i] = broadcast(0.0f);
+            continue;
+        }
+        Floats scaled = load(x + i * kLanes);
+        if (temperature != 1.0f) scaled = div(scaled, broadcast(temperature));
+        scaled = where_less(scaled, broadcast(lowest), broadcast(-kInfinity), scaled);
+        weights[i] = exp(sub(scaled, broadcast(value)));
+    }
+    return has_nan ? __builtin_nanf("") : raw;
 }
 
 struct Sample {
     int64_t* token_ids;
-    const float* logits;  // [num_rows, size]
+    float* best;               // the largest logit of each row; NaN counts as largest
+    const float* logits;       // [num_rows, size]
     const int64_t *seeds, *positions;
-    float* workspace;     // [num_rows, 2, groups]
-    int64_t num_rows, size;
+    const float* temperatures; // 0: the likeliest token
+    const float* lowest;       // what a logit must reach, divided by the temperature; null: any will do
+    float* workspace;          // [num_rows, 2, groups]
+    int64_t stride, num_rows, size;
 
     int64_t num_groups() const { return (size + kGroup - 1) / kGroup; }
     int64_t count(int64_t group) const { return size - group * kGroup < kGroup ? size - group * kGroup : kGroup; }
 };
 
+inline float weigh(const Sample& op, Floats (&weights)[kGroup / kLanes], int64_t row, int64_t group) {
+    float lowest = op.lowest ? op.lowest[row] : -kInfinity;
+    return weigh_group(weights, op.logits + row * op.stride + group * kGroup, op.count(group), op.temperatures[row], lowest);
+}
+
+// The first of a row's largest logits, of which the group maxima are known.
+inline Best likeliest(const Sample& op, int64_t row, const float* most) {
+    Best best = {most[0], 0};
+    for (int64_t group = 1; group < op.num_groups(); ++group)
+        if (is_better({most[group], group}, best)) best = {most[group], group};
+    const float* x = op.logits + row * op.stride;
+    bool is_nan = isnan(best.value);
+    for (best.index *= kGroup; is_nan ? !isnan(x[best.index]) : x[best.index] != best.value;) ++best.index;
+    return best;
+}
+
 inline int64_t draw_token(const Sample& op, int64_t row) {
     uint64_t key = mix(mix((uint64_t)op.seeds[row]) + (uint64_t)op.positions[row]);
     int64_t num_groups = op.num_groups();
     float *sums = op.workspace + row * 2 * num_groups, *most = sums + num_groups;
-    Floats largest_logit = broadcast(largest_of(most, num_groups).value);
+    Floats temperature = broadcast(op.temperatures[row]), largest_logit = div(broadcast(largest_of(most, num_groups).value), temperature);
     for (int64_t at = 0; at < num_groups; at += kLanes) {
         int count = (int)(num_groups - at < kLanes ? num_groups - at : kLanes);
-        store(sums + at, mul(load(sums + at, count), exp(sub(load(most + at, count), largest_logit))), count);
+        Floats scaled = div(load(most + at, count), temperature);
+        store(sums + at, mul(load(sums + at, count), exp(sub(scaled, largest_logit))), count);
     }
     int64_t group = draw(sums, num_groups, key, (uint64_t)-2, (uint64_t)-1);
     Floats weights[kGroup / kLanes];
-    weigh_group(weights, op.logits + row * op.size + group * kGroup, op.count(group));
+    weigh(op, weights, row, group);
     float within[kGroup];
     for (int i = 0; i < kGroup / kLanes; ++i) store(within + i * kLanes, weights[i]);
     return group * kGroup + draw(within, op.count(group), key, (uint64_t)(group * kGroup), 1);
@@ -213,13 +248,17 @@ inline void sample(const Sample& op) {
             int64_t row = at / num_groups, group = at % num_groups;
             Floats weights[kGroup / kLanes];
             float* sums = op.workspace + row * 2 * num_groups;
-            sums[num_groups + group] = weigh_group(weights, op.logits + row * op.size + group * kGroup, op.count(group));
+            sums[num_groups + group] = weigh(op, weights, row, group);
             for (int i = 1; i < kGroup / kLanes; ++i) weights[0] = add(weights[0], weights[i]);
             sums[group] = sum(weights[0]);
         }
 #pragma omp barrier
         Range rows = share(op.num_rows);
-        for (int64_t row = rows.begin; row < rows.end; ++row) op.token_ids[row] = draw_token(op, row);
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+            Best best = likeliest(op, row, op.workspace + (row * 2 + 1) * num_groups);
+            op.best[row] = best.value;
+            op.token_ids[row] = op.temperatures[row] == 0.0f ? best.index : draw_token(op, row);
+        }
     }
 }
 
