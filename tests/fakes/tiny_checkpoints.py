@@ -22,10 +22,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 512
@@ -64,6 +68,12 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         LlamaConfig, LlamaForCausalLM, _rope("yarn", factor=8.0, original_max_position_embeddings=64)
     ),
     "mistral": TinyFamily(MistralConfig, MistralForCausalLM, {"sliding_window": SLIDING_WINDOW}),
+    "mixtral": TinyFamily(MixtralConfig, MixtralForCausalLM, {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": TinyFamily(
+        MixtralConfig,
+        MixtralForCausalLM,
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": SLIDING_WINDOW},
+    ),
     "qwen2": TinyFamily(Qwen2Config, Qwen2ForCausalLM),
     "qwen2-window": TinyFamily(
         Qwen2Config,
@@ -71,6 +81,32 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         {"use_sliding_window": True, "sliding_window": SLIDING_WINDOW, "max_window_layers": 1},
     ),
     "qwen3": TinyFamily(Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-moe": TinyFamily(
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 32,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Mixtures in one layer of four: the first has none by the step, the last by name.
+    "qwen3-moe-mixed": TinyFamily(
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "attention_bias": True,
+        },
+    ),
     "gemma2": TinyFamily(
         Gemma2Config,
         Gemma2ForCausalLM,

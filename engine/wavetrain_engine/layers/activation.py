@@ -10,7 +10,7 @@ from wavetrain_engine.layers.linear import GatedLinear, Linear
 from wavetrain_kernels import ops
 
 # Names as config.json spells them.
-_GATED_ACTIVATIONS: dict[str, ops.GatedActivation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+GATED_ACTIVATIONS: dict[str, ops.GatedActivation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 class GatedMLP(nn.Module):
@@ -20,7 +20,7 @@ class GatedMLP(nn.Module):
         self, hidden_size: int, intermediate_size: int, *, hidden_act: str, bias: bool, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        activation = _GATED_ACTIVATIONS[hidden_act]
+        activation = GATED_ACTIVATIONS[hidden_act]
         self.gate_up_proj = GatedLinear(hidden_size, intermediate_size, activation, bias=bias, dtype=dtype)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wavetrain_kernels import ops
 
@@ -43,7 +43,12 @@ class PackedModule(nn.Module):
     weight: nn.Parameter
     packed: ops.PackedWeight
 
-    def pack(self) -> None:
-        """Puts the loaded weight into the layout of the kernels, which may use its memory on, and lets go of it."""
+    def pack(self) -> Tensor:
+        """Puts the loaded weight into the layout of the kernels and lets go of it.
+
+        Returns:
+            Where it is now, which may be the memory it was loaded to.
+        """
         self.packed = ops.pack_weight(self.weight.data, is_gated=self.is_gated)
         del self.weight
+        return self.packed.data

@@ -80,6 +80,15 @@ class ConfigReader:
             raise self.wrong(name, "a list of strings")
         return cast("list[str]", value)
 
+    def integers(self, name: str) -> list[int]:
+        """Returns a list of int; empty where it is missing."""
+        value = self.value(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(type(item) is int for item in cast("list[Any]", value)):
+            raise self.wrong(name, "a list of integers")
+        return cast("list[int]", value)
+
     def mapping(self, name: str) -> dict[str, Any]:
         """Returns a JSON object; empty where it is missing."""
         value = self.value(name)

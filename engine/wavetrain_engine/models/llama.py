@@ -60,7 +60,12 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.self_attn = self.attention_class(config, layer, rotary, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(
+        self.mlp = self.feed_forward(config, layer, dtype)
+
+    def feed_forward(self, config: ModelConfig, layer: int, dtype: torch.dtype) -> nn.Module:
+        """Returns the block after attention; in Qwen3-MoE it depends on the layer."""
+        del layer
+        return GatedMLP(
             config.hidden_size,
             config.intermediate_size,
             hidden_act=config.hidden_act,
@@ -86,7 +91,7 @@ class LlamaLayer(nn.Module):
 class Llama(Model):
     """The whole decoder."""
 
-    layer_class: ClassVar[type[LlamaLayer]] = LlamaLayer
+    layer_class: ClassVar[type[nn.Module]] = LlamaLayer
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
         super().__init__(config, dtype, device, max_model_len)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from wavetrain_engine.layers.attention import KVCache, KVCacheSpec
 from wavetrain_engine.layers.embedding import Embedding, TiedEmbedding
 from wavetrain_engine.layers.linear import OutputHead
+from wavetrain_engine.layers.moe import MixtureOfExperts
 from wavetrain_engine.layers.parameter import allocate_parameters
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.model_config import ModelConfig
@@ -45,10 +46,10 @@ class Model(nn.Module):
         )
 
     def allocate(self) -> None:
-        """Gives every parameter uninitialised memory on the model's device, and computes the rotary table."""
+        """Gives every weight uninitialised memory on the model's device, and computes the rotary table."""
         allocate_parameters(self, self.device)
         for module in self.modules():
-            if isinstance(module, RotaryEmbedding):
+            if isinstance(module, (RotaryEmbedding, MixtureOfExperts)):
                 module.allocate(self.device)
 
     def forward(

@@ -17,6 +17,7 @@ from typing import Any, cast
 from wavetrain_engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from wavetrain_engine.layers.rope_config import RopeConfig
 from wavetrain_engine.models.config_reader import ConfigReader
+from wavetrain_engine.models.moe_config import MoeConfig, parse_moe
 from wavetrain_engine.models.rope_parameters import parse_rope
 
 # Four times the longest context of these families. It bounds the rotary table, the one allocation whose size no
@@ -36,13 +37,25 @@ class _Family:
     tie_word_embeddings: bool = False
     max_position_embeddings: int
     hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    sliding_window: int | None = 4096
 
 
 _FAMILIES: dict[str, _Family] = {
     "LlamaForCausalLM": _Family(model_type="llama", max_position_embeddings=2048),
     "MistralForCausalLM": _Family(model_type="mistral", num_kv_heads=8, max_position_embeddings=4096 * 32),
+    "MixtralForCausalLM": _Family(
+        model_type="mixtral",
+        num_kv_heads=8,
+        max_position_embeddings=4096 * 32,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=None,
+    ),
     "Qwen2ForCausalLM": _Family(model_type="qwen2", max_position_embeddings=32768),
     "Qwen3ForCausalLM": _Family(model_type="qwen3", head_dim=128, max_position_embeddings=32768),
+    "Qwen3MoeForCausalLM": _Family(model_type="qwen3_moe", num_kv_heads=4, max_position_embeddings=32768),
     "Gemma2ForCausalLM": _Family(
         model_type="gemma2",
         num_kv_heads=4,
@@ -52,6 +65,9 @@ _FAMILIES: dict[str, _Family] = {
         hidden_act="gelu_pytorch_tanh",
     ),
 }
+
+# Families whose layers all have the window, or none has.
+_ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe")
 
 ARCHITECTURES: tuple[str, ...] = tuple(_FAMILIES)
 
@@ -67,6 +83,7 @@ class ModelConfig:
         attention_soft_cap: attention scores s become cap * tanh(s / cap); None: as they are.
         logit_soft_cap: the same for the logits.
         query_pre_attn_scalar: attention scores are divided by its square root; usually head_dim.
+        moe: of families with mixtures of experts.
         dtype: of the checkpoint: float32, float16 or bfloat16.
     """
 
@@ -90,6 +107,7 @@ class ModelConfig:
     logit_soft_cap: float | None
     query_pre_attn_scalar: float
     hidden_act: str
+    moe: MoeConfig | None
     dtype: str
 
     @classmethod
@@ -115,7 +133,9 @@ class ModelConfig:
         hidden_size = config.integer("hidden_size", high=2**17)
         num_heads, num_kv_heads, head_dim = _heads(config, family, hidden_size)
         positions = config.integer("max_position_embeddings", family.max_position_embeddings, high=_MAX_POSITIONS)
-        has_attention_bias = family.model_type not in ("mistral", "qwen2") and config.boolean("attention_bias", False)
+        has_attention_bias = family.model_type not in ("mistral", "mixtral", "qwen2") and config.boolean(
+            "attention_bias", False
+        )
         is_gemma2 = family.model_type == "gemma2"
         return cls(
             architecture=architecture,
@@ -126,8 +146,8 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=config.number("rms_norm_eps", 1e-6, low=0, high=1),
-            rope=parse_rope(config, positions, _MAX_POSITIONS),
+            rms_norm_eps=config.number("rms_norm_eps", family.rms_norm_eps, low=0, high=1),
+            rope=parse_rope(config, positions, _MAX_POSITIONS, default_theta=family.rope_theta),
             max_position_embeddings=positions,
             tie_word_embeddings=config.boolean("tie_word_embeddings", family.tie_word_embeddings),
             # Qwen2 has the bias on q, k and v only, and no switch for it.
@@ -141,6 +161,7 @@ class ModelConfig:
                 config.number("query_pre_attn_scalar", 256, low=0, high=2**20) if is_gemma2 else float(head_dim)
             ),
             hidden_act=family.hidden_act,
+            moe=parse_moe(config, family.model_type, num_layers),
             dtype=_dtype(config),
         )
 
@@ -274,9 +295,11 @@ def _sliding_windows(config: ConfigReader, family: _Family, num_layers: int) -> 
             f"config.json: layer_types {unknown[0][:40]!r} is not supported; "
             "supported are full_attention, sliding_attention"
         )
-    if family.model_type == "mistral" and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
-        # transformers' Mistral does not look at layer_types: one of the two would be served wrong.
-        raise UnsupportedModelError("config.json: layer_types of several kinds is not supported for MistralForCausalLM")
+    if family.model_type in _ONE_WINDOW and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
+        # transformers does not look at layer_types there: one of the two would be served wrong.
+        raise UnsupportedModelError(
+            f"config.json: layer_types of several kinds is not supported for {family.model_type}"
+        )
     if len(kinds) != num_layers:
         raise ConfigError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers")
     if "sliding_attention" in kinds and window is None:
@@ -285,18 +308,18 @@ def _sliding_windows(config: ConfigReader, family: _Family, num_layers: int) -> 
 
 
 def _window(config: ConfigReader, family: _Family) -> int | None:
-    if family.model_type in ("qwen2", "qwen3") and not config.boolean("use_sliding_window", False):
+    if family.model_type in ("qwen2", "qwen3", "qwen3_moe") and not config.boolean("use_sliding_window", False):
         return None
-    if config.has("sliding_window") and config.value("sliding_window") is None:
+    if (config.has("sliding_window") or family.sliding_window is None) and config.value("sliding_window") is None:
         return None
-    return config.integer("sliding_window", 4096, high=2**31)
+    return config.integer("sliding_window", family.sliding_window, high=2**31)
 
 
 def _default_layers(config: ConfigReader, family: _Family, num_layers: int, *, has_window: bool) -> list[bool]:
     """Returns which layers have the window where layer_types does not say."""
     if family.model_type == "gemma2":
         return [layer % 2 == 0 for layer in range(num_layers)]
-    first = 0 if family.model_type == "mistral" else config.integer("max_window_layers", 28, low=0, high=2**31)
+    first = 0 if family.model_type in _ONE_WINDOW else config.integer("max_window_layers", 28, low=0, high=2**31)
     return [has_window and layer >= first for layer in range(num_layers)]
 
 

@@ -34,4 +34,4 @@ class Qwen3Layer(LlamaLayer):
 class Qwen3(Llama):
     """The whole decoder."""
 
-    layer_class: ClassVar[type[LlamaLayer]] = Qwen3Layer
+    layer_class: ClassVar[type[nn.Module]] = Qwen3Layer

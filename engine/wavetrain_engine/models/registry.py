@@ -9,17 +9,21 @@ from wavetrain_engine.errors import ConfigError
 from wavetrain_engine.models.gemma2 import Gemma2
 from wavetrain_engine.models.llama import Llama
 from wavetrain_engine.models.mistral import Mistral
+from wavetrain_engine.models.mixtral import Mixtral
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.models.qwen2 import Qwen2
 from wavetrain_engine.models.qwen3 import Qwen3
+from wavetrain_engine.models.qwen3_moe import Qwen3Moe
 
 # Keyed by what config.json calls the architecture; a test keeps it equal to model_config.ARCHITECTURES.
 MODEL_CLASSES: dict[str, type[Model]] = {
     "LlamaForCausalLM": Llama,
     "MistralForCausalLM": Mistral,
+    "MixtralForCausalLM": Mixtral,
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
+    "Qwen3MoeForCausalLM": Qwen3Moe,
     "Gemma2ForCausalLM": Gemma2,
 }
 

@@ -20,11 +20,14 @@ _MAX_THETA = 1e12
 _MAX_FACTOR = 1e5
 
 
-def parse_rope(config: ConfigReader, max_position_embeddings: int, position_limit: int) -> RopeConfig:
+def parse_rope(
+    config: ConfigReader, max_position_embeddings: int, position_limit: int, *, default_theta: float = 10000.0
+) -> RopeConfig:
     """Returns the rotary configuration of a model.
 
     Args:
         position_limit: the highest accepted original_max_position_embeddings.
+        default_theta: where none is given.
 
     Raises:
         ConfigError: a value is missing, of the wrong type or out of range.
@@ -40,7 +43,7 @@ def parse_rope(config: ConfigReader, max_position_embeddings: int, position_limi
 
     theta = rope.optional_number("rope_theta", low=1, high=_MAX_THETA)
     if theta is None:
-        theta = config.number("rope_theta", 10000.0, low=1, high=_MAX_THETA)
+        theta = config.number("rope_theta", default_theta, low=1, high=_MAX_THETA)
     if rope_type == "default":
         return RopeConfig(theta=theta, original_max_position_embeddings=max_position_embeddings)
 

@@ -21,6 +21,7 @@ from wavetrain_engine.layers.parameter import PackedModule
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.weights.checkpoint import Checkpoint
+from wavetrain_engine.weights.expert_stacks import unstack_experts
 from wavetrain_engine.weights.name_map import EMBEDDING, OUTPUT_HEAD, Target, check_tensors, name_map
 from wavetrain_engine.weights.safetensors_header import TensorEntry
 from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
@@ -39,7 +40,7 @@ def load_weights(model: Model, model_dir: Path, config: ModelConfig, *, progress
         CheckpointError: a file or tensor is missing, truncated, misshapen, unknown or of a wrong dtype; or
             there is not enough memory.
     """
-    checkpoint = Checkpoint.open(model_dir)
+    checkpoint = Checkpoint(unstack_experts(Checkpoint.open(model_dir).tensors, model))
     targets = name_map(model)
     check_tensors(checkpoint.tensors, targets, architecture=config.architecture, tied=config.tie_word_embeddings)
     reader = TensorReader(model.device)
@@ -68,8 +69,7 @@ def filling(module: nn.Module, scratch: Scratch) -> Generator[None]:
         module.weight = nn.Parameter(memory, requires_grad=False)
     yield
     if isinstance(module, PackedModule):
-        module.pack()
-        scratch.let_go(module.packed.data)
+        scratch.let_go(module.pack())
 
 
 @contextmanager

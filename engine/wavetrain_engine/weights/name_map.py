@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.layers.linear import MergedLinear
+from wavetrain_engine.layers.moe import ExpertProjection
 from wavetrain_engine.weights.checkpoint import first_few
 from wavetrain_engine.weights.safetensors_header import TensorEntry
 
@@ -49,7 +50,7 @@ def name_map(model: nn.Module) -> dict[str, Target]:
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             shape = tuple(parameter.shape)
-            if not isinstance(module, MergedLinear):
+            if not isinstance(module, (MergedLinear, ExpertProjection)):
                 targets[_checkpoint_name(path, attribute)] = Target(module, attribute, 0, shape)
                 continue
             parent, start = path.rpartition(".")[0], 0

@@ -97,7 +97,7 @@ def test_logits_equal_transformers_over_chunks(checkpoints: TinyCheckpoints, fam
     torch.testing.assert_close(logits, reference_logits(directory, ids), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads_equal_transformers(checkpoints: TinyCheckpoints, family: str, tied: bool) -> None:
     directory, ids = checkpoints.get(family, tied=tied, sharded=True), random_ids(20)
@@ -119,7 +119,7 @@ def test_requests_of_one_step_do_not_disturb_each_other(checkpoints: TinyCheckpo
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral", "qwen3-moe"])
 def test_bfloat16_stays_close_to_transformers(checkpoints: TinyCheckpoints, family: str) -> None:
     directory, ids = checkpoints.get(family, dtype=torch.bfloat16), random_ids(40)
     model = load(directory, torch.bfloat16)

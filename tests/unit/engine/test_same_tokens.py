@@ -141,7 +141,7 @@ def test_from_the_prefix_cache(demo: Requests, demo_alone: list[Answer]) -> None
     core.close()
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "mistral", "qwen2-window", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama-bias", "mistral", "qwen2-window", "qwen3", "gemma2", "mixtral", "qwen3-moe"])
 def test_every_family(checkpoints: TinyCheckpoints, family: str) -> None:
     requests = Requests(checkpoints.get(family, dtype=torch.bfloat16, with_tokenizer=False), 12, max_tokens=30)
     alone = requests.alone(12)

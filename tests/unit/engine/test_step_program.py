@@ -70,7 +70,7 @@ def steps() -> list[tuple[torch.Tensor, AttentionMetadata]]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_recording_computes_what_the_model_does(checkpoints: TinyCheckpoints, family: str, tied: bool) -> None:
     model = load(checkpoints.get(family, dtype=torch.bfloat16, tied=tied))
