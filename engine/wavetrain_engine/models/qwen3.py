@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rotary import RotaryEmbedding

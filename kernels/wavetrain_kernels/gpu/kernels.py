@@ -11,7 +11,7 @@ import torch
 from triton import knobs
 
 from wavetrain_kernels.errors import UnsupportedDevice
-from wavetrain_kernels.gpu import lora
+from wavetrain_kernels.gpu import embedding, linear, lora, norm, rotary
 from wavetrain_kernels.gpu.launch import count_compilations
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -24,6 +24,13 @@ _OLDEST_CAPABILITY = (7, 0)
 GPU = dataclasses.replace(
     REFERENCE,
     name="gpu",
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    rotate_and_cache=rotary.rotate_and_cache,
+    pack_weight=linear.pack_weight,
+    embedding=embedding.embedding,
+    linear=linear.linear,
+    gated_linear=linear.gated_linear,
     sort_by_adapter=lora.sort_by_adapter,
     num_lora_parts=lora.num_lora_parts,
     lora_shrink=lora.lora_shrink,
@@ -46,6 +53,9 @@ def load_gpu_kernels(cache_dir: Path) -> KernelSet:
             f"{torch.cuda.get_device_name()} has {_version(capability)}"
         )
     knobs.cache.dir = str(cache_dir / "triton")
+    # `ops.linear` promises sums in float32; by default cuBLAS may add the parts of a long sum in the inputs' type.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     count_compilations()
     _LOG.info("GPU kernels for %s, compute capability %s", torch.cuda.get_device_name(), _version(capability))
     return GPU
