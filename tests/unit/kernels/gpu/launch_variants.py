@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python launch_variants.py`: which variants of each kernel a step of any size would have compiled, without a GPU.
+
+Every launch is stopped where Triton would look its variant up, and the key it looks for is noted: the types of the
+arguments, what of their values it specialises on, the constants and options. One JSON object on standard output:
+{scenario: {kernel: [key, ...]}}, where a scenario is one operation of one model over steps of many sizes. Run where
+Triton does not interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
+
+from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.gpu.kernels import GPU
+
+DTYPE = torch.bfloat16
+HIDDEN_SIZE, INTERMEDIATE_SIZE, VOCABULARY_SIZE = 96, 160, 300
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 64, 16
+# Around 1 and the multiples of 16, which Triton makes variants of where it may.
+STEP_SIZES = (0, 1, 2, 3, 15, 16, 17, 32, 48, 100, 257)
+
+_BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+_Seen = dict[str, dict[str, None]]
+
+
+def main() -> None:
+    """Runs every scenario over every size."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, scenario in SCENARIOS.items():
+        seen: _Seen = defaultdict(dict)
+        JITFunction.run = _recorder(seen)
+        for num_tokens in STEP_SIZES:
+            scenario(num_tokens)
+        found[name] = {kernel: list(keys) for kernel, keys in seen.items()}
+    sys.stdout.write(json.dumps(found))
+
+
+def _recorder(seen: _Seen) -> Any:
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binder = create_function_from_signature(self.signature, self.params, _BACKEND)
+        _, specialization, launch_options = binder(*args, **options)
+        seen[self.__name__][compute_cache_key({}, specialization, launch_options)] = None
+
+    return run
+
+
+def _made(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=DTYPE)
+
+
+WEIGHT, TABLE = _made(HIDDEN_SIZE), _made(VOCABULARY_SIZE, HIDDEN_SIZE)
+HEAD_NORM, COS_SIN = _made(HEAD_DIM), _made(1000, 2, HEAD_DIM // 2)
+GATED = _made(2 * INTERMEDIATE_SIZE, HIDDEN_SIZE)
+CACHES = [_made(20, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(2)]
+BUFFER = torch.zeros(1024, dtype=torch.int64)  # what a step's ids are slices of, at any offset
+
+
+@triton.jit
+def _specializing_kernel(x_ptr, num_tokens):
+    pass
+
+
+def a_kernel_as_it_must_not_be(num_tokens: int) -> None:
+    _specializing_kernel[(1,)](WEIGHT, num_tokens)
+
+
+def rms_norm(num_tokens: int) -> None:
+    x = _made(num_tokens, HIDDEN_SIZE)
+    GPU.rms_norm(torch.empty_like(x), x, WEIGHT, 1e-5, 0.0)
+
+
+def rms_norm_of_picked_rows(num_tokens: int) -> None:
+    x = _made(num_tokens + 3, HIDDEN_SIZE)[1 : num_tokens + 1]
+    GPU.rms_norm(_made(num_tokens, HIDDEN_SIZE), x, WEIGHT, 1e-5, 1.0)
+
+
+def add_rms_norm(num_tokens: int) -> None:
+    x = _made(num_tokens, HIDDEN_SIZE)
+    GPU.add_rms_norm(torch.empty_like(x), torch.empty_like(x), x, x.clone(), WEIGHT, 1e-5, 0.0)
+
+
+def rotate_and_cache(num_tokens: int, *norms: torch.Tensor) -> None:
+    num_all = NUM_HEADS + 2 * NUM_KV_HEADS
+    fused = _made(num_tokens, num_all * HEAD_DIM).unflatten(-1, (num_all, HEAD_DIM))
+    query, key, value = fused.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
+    positions, slots = BUFFER[num_tokens : 2 * num_tokens], BUFFER[1 : num_tokens + 1]
+    out = _made(num_tokens, NUM_HEADS, HEAD_DIM)
+    GPU.rotate_and_cache(out, query, key, value, positions, COS_SIN, *CACHES, slots, *(norms or (None, None)), 1e-6)
+
+
+def rotate_and_cache_with_norms(num_tokens: int) -> None:
+    rotate_and_cache(num_tokens, HEAD_NORM, HEAD_NORM)
+
+
+def gated_linear(num_tokens: int) -> None:
+    out = _made(num_tokens, INTERMEDIATE_SIZE)
+    GPU.gated_linear(out, _made(num_tokens, HIDDEN_SIZE), GATED, None, "silu")
+
+
+def embedding(num_tokens: int) -> None:
+    token_ids = BUFFER[num_tokens : 2 * num_tokens]
+    GPU.embedding(_made(num_tokens, HIDDEN_SIZE), TABLE, token_ids, 1.0, False)
+
+
+def decode_attention(num_tokens: int) -> None:
+    """Eight rows whatever the size: it is their contexts that differ."""
+    _attention([1] * 8, [num_tokens + row + 1 for row in range(8)])
+
+
+def prefill_attention(num_tokens: int) -> None:
+    """Four rows in chunks that differ."""
+    _attention([9 + num_tokens, 10, 11 + num_tokens // 2, 64], [3 * num_tokens + 64] * 4)
+
+
+def _attention(query_lens: list[int], seq_lens: list[int]) -> None:
+    num_tokens, width = sum(query_lens), max(seq_lens) // BLOCK_SIZE + 1
+    tables = torch.zeros(len(seq_lens), width, dtype=torch.int32)
+    metadata = AttentionMetadata.build(query_lens, seq_lens, tables, torch.full((num_tokens,), -1))
+    query = _made(num_tokens, NUM_HEADS, HEAD_DIM)
+    GPU.paged_attention(torch.empty_like(query), query, *CACHES, metadata, 0.1, None, None)
+
+
+SCENARIOS: dict[str, Callable[[int], None]] = {
+    function.__name__: function
+    for function in (
+        a_kernel_as_it_must_not_be,
+        rms_norm,
+        rms_norm_of_picked_rows,
+        add_rms_norm,
+        rotate_and_cache,
+        rotate_and_cache_with_norms,
+        gated_linear,
+        embedding,
+    )
+}
+
+if __name__ == "__main__":
+    main()
