@@ -13,6 +13,8 @@ One JSON line for each part, times in µs for a whole step:
 - `inputs`: the input batch of the step's plan as host arrays.
 - `worker`: ModelRunner.execute on a model that computes nothing and a vocabulary of 8: input batch, tensors, metadata,
   the sampler's fixed part, appending the tokens and making the result.
+- `launch`, `collect`: the same on the runner of a GPU, with a CPU for its device and a graph that does nothing: until
+  the step is on its way, and from the tokens' arrival to the result.
 
 Prompts differ in length, so blocks fill in different steps, as they do in service. Only ratios on a quiet machine mean
 much: `low` and `high` are the 10th and 90th percentile of the steps.
@@ -43,6 +45,9 @@ from wavetrain_engine.plan import StepPlan, StepResult
 from wavetrain_engine.request import EngineRequest, RequestUpdate
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.sampling_params import SamplingParams
+from wavetrain_engine.worker.cuda_graphs import GraphKey
+from wavetrain_engine.worker.device_batch import DeviceBatch, StepShape
+from wavetrain_engine.worker.device_runner import DeviceRunner
 from wavetrain_engine.worker.input_batch import InputBatch
 from wavetrain_engine.worker.model_runner import ModelRunner
 from wavetrain_kernels.ops import AttentionMetadata
@@ -149,6 +154,23 @@ class Bench:
             max_num_seqs=self.num_requests, max_model_len=self.max_model_len + BLOCK_SIZE, block_size=BLOCK_SIZE
         )
 
+    def make_device_runner(self) -> DeviceRunner:
+        """One that keeps its state on a device, and replays a graph for all requests."""
+        shape = StepShape(self.num_requests, self.num_requests)
+        batch = DeviceBatch(
+            max_num_seqs=self.num_requests,
+            max_model_len=self.max_model_len + BLOCK_SIZE,
+            block_size=BLOCK_SIZE,
+            static_shape=shape,
+            device=CPU,
+        )
+        model = NullModel(ModelConfig.load(DEMO), max(2048, self.num_requests))
+        runner = DeviceRunner(
+            model=model, kv_caches=[], batch=batch, state=SamplingState(VOCAB_SIZE, CPU), eos_token_ids=[]
+        )
+        runner.capture([GraphKey(self.num_requests, 1)], lambda _run: lambda: None)
+        return runner
+
     def make_runner(self) -> ModelRunner:
         """A runner of the null model."""
         model = NullModel(ModelConfig.load(DEMO), max(2048, self.num_requests))
@@ -172,11 +194,12 @@ class Bench:
 
 
 class PlanFollower:
-    """The worker's side: one input batch alone, one in a runner; both are told of every step."""
+    """The worker's side: an input batch alone, and two runners; all are told of every step."""
 
     def __init__(self, bench: Bench) -> None:
         self._batch = bench.make_batch()
         self._runner = bench.make_runner()
+        self._device_runner = bench.make_device_runner()
 
     def follow(self, plan: StepPlan, times: Times) -> None:
         """Applies a plan and notes what it took."""
@@ -190,7 +213,14 @@ class PlanFollower:
         start = time.perf_counter_ns()
         result = self._runner.execute(plan)
         times["worker"].append(time.perf_counter_ns() - start)
-        if any(sampled not in ([TOKEN_ID], []) for sampled in result.sampled_token_ids):
+        start = time.perf_counter_ns()
+        pending = self._device_runner.launch(plan)
+        times["launch"].append(time.perf_counter_ns() - start)
+        start = time.perf_counter_ns()
+        device_result = pending.result()
+        times["collect"].append(time.perf_counter_ns() - start)
+        sampled_token_ids = result.sampled_token_ids + device_result.sampled_token_ids
+        if any(sampled not in ([TOKEN_ID], []) for sampled in sampled_token_ids):
             raise SystemExit("the null model's token did not come out of the worker")
 
 
@@ -237,7 +267,7 @@ def main() -> None:
     torch.set_num_threads(1)
     times = measure(Bench(args.requests, args.prompt_len, args.steps))
     where = where_measured()
-    for part in ("step", "schedule", "update", "encode", "inputs", "worker"):
+    for part in ("step", "schedule", "update", "encode", "inputs", "worker", "launch", "collect"):
         micros = [value / 1000 for value in times[part]]
         figures = {
             "median_us": round(percentile(micros, 50), 1),

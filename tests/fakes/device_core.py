@@ -9,11 +9,9 @@ tensors; and a real graph keeps addresses, so the tensors that the model gets ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from fakes.real_core import RealCore
@@ -79,8 +77,3 @@ def graphs_of(core: RealCore) -> StepGraphs | None:
     assert isinstance(core.executor, DeviceExecutor)
     assert core.executor.runner is not None
     return core.executor.runner.graphs
-
-
-def directory_of(core: RealCore) -> Path:
-    """Where its checkpoint is."""
-    return Path(core.config.model.model)

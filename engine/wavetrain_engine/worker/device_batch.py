@@ -139,8 +139,10 @@ class DeviceBatch(InputBatch):
         self._block_table = _Table(self._block_tables, device)
         num_static_words = StepNumbers.num_words(static_shape) + _WORDS_FOR_CHANGES
         self._static_words = torch.zeros(num_static_words, dtype=torch.int64, device=device)
+        self._static_numbers: dict[StepShape, StepNumbers] = {}
         # Where the block tables of a step's rows are put together; steps follow each other, so one is enough.
-        self._step_tables = torch.zeros_like(self._block_table.tensor)
+        shape = (max(max_num_seqs, static_shape.num_rows), self._block_tables.shape[1])
+        self._step_tables = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def add(self, request: AdmittedRequest) -> RequestRow:
         """See InputBatch."""
@@ -157,7 +159,10 @@ class DeviceBatch(InputBatch):
 
     def static_numbers(self, shape: StepShape) -> StepNumbers:
         """Returns where `send` puts the numbers of a static step."""
-        return StepNumbers.lay_out(self._static_words, shape, torch.int32)
+        numbers = self._static_numbers.get(shape)
+        if numbers is None:
+            numbers = self._static_numbers[shape] = StepNumbers.lay_out(self._static_words, shape, torch.int32)
+        return numbers
 
     def fits_static(self, shape: StepShape) -> bool:
         """Whether the next step could be static: its numbers, and all that is new in the tables, have room."""
@@ -190,7 +195,7 @@ class DeviceBatch(InputBatch):
             cells, values = device[start : start + num_cells], device[start + num_cells :].view(torch.int32)[:num_cells]
             self._token_table.write(cells[:num_token_cells], values[:num_token_cells])
             self._block_table.write(cells[num_token_cells:], values[num_token_cells:])
-        return StepNumbers.lay_out(device, shape, torch.int32)
+        return self.static_numbers(shape) if is_static else StepNumbers.lay_out(device, shape, torch.int32)
 
     def gather(self, numbers: StepNumbers) -> tuple[Tensor, Tensor]:
         """Returns the token ids [T] int64 and block tables [B, max_blocks] int32 of a step; for a graph to capture."""

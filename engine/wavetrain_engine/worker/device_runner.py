@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wavetrain_engine.errors import EngineDead
 from wavetrain_engine.layers.attention import KVCache
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.plan import StepPlan, StepResult
@@ -25,6 +24,7 @@ from wavetrain_engine.sampling.sampler import DrawnTokens, Sampler
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.worker.cuda_graphs import GraphKey, Recorder, StepGraphs
 from wavetrain_engine.worker.device_batch import DeviceBatch, StepNumbers, StepShape
+from wavetrain_engine.worker.device_errors import step_error
 from wavetrain_engine.worker.input_batch import StepInputs
 from wavetrain_engine.worker.live_requests import LiveRequests
 from wavetrain_engine.worker.prompt_scores import PromptScores, score_prompts
@@ -58,7 +58,7 @@ class PendingStep:
             try:
                 self._event.synchronize()
             except RuntimeError as error:
-                raise _device_failed(error, self._step_id) from error
+                raise step_error(error, self._step_id) from error
         return self._finish()
 
 
@@ -114,23 +114,7 @@ class DeviceRunner:
         """Applies the plan's differences and puts the step behind those that were launched before.
 
         A row whose logits are not finite samples nothing and is reported in `errors`; the others are not affected.
-
-        Raises:
-            EngineDead: the device failed.
         """
-        try:
-            return self._launch(plan)
-        except torch.OutOfMemoryError as error:
-            raise EngineDead(
-                "the GPU has no memory left for a step; serve with a lower --gpu-memory-utilization or "
-                "--max-num-batched-tokens"
-            ) from error
-        except RuntimeError as error:
-            if not _is_device_failure(error):
-                raise
-            raise _device_failed(error, plan.step_id) from error
-
-    def _launch(self, plan: StepPlan) -> PendingStep:
         self._requests.apply(plan)
         scheduled, batch = plan.scheduled, self._requests.batch
         if not scheduled:
@@ -229,12 +213,3 @@ class DeviceRunner:
 def _to_host(tensor: Tensor) -> Tensor:
     """Begins to copy a tensor; to pinned memory, if it comes from a GPU."""
     return tensor.to("cpu", non_blocking=True)
-
-
-def _is_device_failure(error: RuntimeError) -> bool:
-    return isinstance(error, torch.AcceleratorError) or "[CUDA]" in str(error)  # torch's, or Triton's
-
-
-def _device_failed(error: RuntimeError, step_id: int) -> EngineDead:
-    cause = str(error).partition("\n")[0]
-    return EngineDead(f"the GPU failed in step {step_id} or before it ({cause}); the engine has to start anew")

@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 from wavetrain_engine.plan import PendingResult, StepPlan, StepResult
+from wavetrain_engine.worker.device_errors import step_error
 from wavetrain_engine.worker.device_runner import DeviceRunner
 from wavetrain_engine.worker.model_runner import ModelRunner
 
@@ -71,7 +72,9 @@ class DeviceExecutor:
             return self._runner.launch(plan)
         except Exception as error:  # handed to whoever asks for the result
             failed: Future[StepResult] = Future()
-            failed.set_exception(error)
+            cause = step_error(error, plan.step_id)
+            cause.__cause__ = None if cause is error else error
+            failed.set_exception(cause)
             return failed
 
     def shutdown(self) -> None:

@@ -32,6 +32,9 @@ _DEMANDING = SamplingParams(
     logprobs=20,
     prompt_logprobs=1,
 )
+# Tokens of a row that decodes, and of rows that attention may take for such.
+_SHORT_QUERY_LENS = (1, 2, 4, 8)
+_CHUNK_BESIDE_DECODES = 33
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,12 @@ class Rehearsal:
         for params in _requests():
             for num_rows in {1, self._most_rows}:
                 self._run([1] * num_rows, params)
-        for num_rows in _doublings(self._most_rows):
-            self._run([1] * num_rows, _GREEDY)
+        for num_rows, query_len in product(_doublings(self._most_rows), _SHORT_QUERY_LENS):
+            self._run_if_it_fits([query_len] * num_rows)
         for num_tokens in _doublings(self.max_num_batched_tokens):
             self._run(self._split(num_tokens, 1), _GREEDY)
-        num_decodes = self._most_rows // 2
-        if num_decodes:
-            self._run([1] * num_decodes + self._split(self.max_num_batched_tokens - num_decodes, 1), _GREEDY)
+        for num_rows in _doublings(self._most_rows):
+            self._run_if_it_fits([1] * (num_rows - 1) + [_CHUNK_BESIDE_DECODES])
 
     @property
     def _most_rows(self) -> int:
@@ -76,6 +78,10 @@ class Rehearsal:
         num_rows = min(max(least_rows, -(-num_tokens // longest)), self._most_rows)
         share, rest = divmod(num_tokens, num_rows)
         return [min(longest, share + (index < rest)) for index in range(num_rows)]
+
+    def _run_if_it_fits(self, query_lens: Sequence[int]) -> None:
+        if sum(query_lens) <= self.max_num_batched_tokens and max(query_lens) < self.max_model_len:
+            self._run(query_lens, _GREEDY)
 
     def _run(self, query_lens: Sequence[int], params: SamplingParams) -> None:
         ids = [f"rehearsal-{index}" for index in range(len(query_lens))]

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fakes.device_core import FakeRecorder, device_on_cpu, graphs_of
+from fakes.device_core import device_on_cpu
 from fakes.real_core import RealCore
 from fakes.tiny_checkpoints import VOCAB_SIZE, TinyCheckpoints
 from wavetrain_engine.request import FinishReason, TokenLogprobs
@@ -27,8 +28,7 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 
 # Tokens and log-probabilities of the output, and those of the prompt.
-Answer = tuple[list[int], list[TokenLogprobs], list[list[TokenLogprobs]]]
-MakeCore = Callable[..., RealCore]
+Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ class Requests:
 
     def answer(self, core: RealCore, index: int) -> Answer:
         name = f"r{index}"
-        return core.tokens(name), core.logprobs(name), core.prompt_logprobs(name)
+        return core.tokens(name), core.logprobs(name), list(chain(*core.prompt_logprobs(name)))
 
 
 REQUESTS = Requests()
@@ -82,7 +82,7 @@ def alone(directory: Path) -> list[Answer]:
 def assert_like(answer: Answer, expected: Answer) -> None:
     """Equal tokens; log-probabilities but for what float32 rounds otherwise in another batch."""
     assert answer[0] == expected[0]
-    for entries, others in ((answer[1], expected[1]), (sum(answer[2], []), sum(expected[2], []))):
+    for entries, others in ((answer[1], expected[1]), (answer[2], expected[2])):
         assert [entry.token_ids[0] for entry in entries] == [entry.token_ids[0] for entry in others]
         assert [entry.logprobs[0] for entry in entries] == pytest.approx([e.logprobs[0] for e in others], abs=1e-4)
         assert [len(entry.token_ids) for entry in entries] == [len(entry.token_ids) for entry in others]
