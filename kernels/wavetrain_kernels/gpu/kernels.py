@@ -11,7 +11,7 @@ import torch
 from triton import knobs
 
 from wavetrain_kernels.errors import UnsupportedDevice
-from wavetrain_kernels.gpu import embedding, linear, lora, norm, rotary
+from wavetrain_kernels.gpu import embedding, linear, lora, moe, moe_routing, norm, rotary
 from wavetrain_kernels.gpu.launch import count_compilations
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -31,6 +31,8 @@ GPU = dataclasses.replace(
     embedding=embedding.embedding,
     linear=linear.linear,
     gated_linear=linear.gated_linear,
+    route_experts=moe_routing.route_experts,
+    fused_moe=moe.fused_moe,
     sort_by_adapter=lora.sort_by_adapter,
     num_lora_parts=lora.num_lora_parts,
     lora_shrink=lora.lora_shrink,
