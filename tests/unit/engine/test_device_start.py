@@ -226,7 +226,7 @@ class TestRandomWeights:
     def load(self, directory: Path, **flags: Any) -> RealCore:
         return RealCore(directory, load_format="dummy", **flags)
 
-    @pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gemma2"])
+    @pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gemma2", "mixtral"])
     def test_a_config_is_enough(self, tmp_path: Path, family: str) -> None:
         full = make_tiny_checkpoint(tmp_path / "full", family, with_tokenizer=False)
         (tmp_path / "bare").mkdir()

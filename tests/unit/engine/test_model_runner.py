@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker under the real scheduler on a tiny checkpoint: containment, determinism, every promise of a request."""
+"""The worker under the real scheduler on a tiny checkpoint: containment, determinism, every promise of a request.
+
+On both runners: the CPU's, and the GPU's with the CPU in the GPU's place.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fakes.device_core import device_on_cpu
 from fakes.real_core import RealCore
 from fakes.tiny_checkpoints import EOS_TOKEN_ID, VOCAB_SIZE, make_tiny_checkpoint
 from wavetrain_engine.errors import ErrorCode
@@ -50,8 +54,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), with_tokenizer=False)
 
 
-@pytest.fixture
-def make_core(checkpoint: Path) -> Iterator[MakeCore]:
+@pytest.fixture(params=["at once", "on a device"])
+def make_core(checkpoint: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeCore]:
+    if request.param == "on a device":
+        device_on_cpu(monkeypatch, with_graphs=True)
     cores: list[RealCore] = []
 
     def make(directory: Path = checkpoint, **flags: Any) -> RealCore:
