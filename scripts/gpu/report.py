@@ -11,6 +11,7 @@ from typing import Any
 from gpu.machine import ROOT
 
 PAGE = ROOT / "docs" / "benchmarks" / "gpu.md"
+_VERDICTS = {True: "kept", False: "**missed**", None: "not measured"}
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
@@ -53,8 +54,7 @@ def bar_text(bar: Mapping[str, Any] | None) -> str:
     """Returns a promise and whether it was kept."""
     if not bar:
         return ""
-    verdict = {True: "kept", False: "**missed**", None: "not measured"}[bar["kept"]]
-    return f"{bar['least']:g} of {bar['of']}: {verdict}"
+    return f"{bar['least']:g} of {bar['of']}: {_VERDICTS[bar['kept']]}"
 
 
 def where_text(where: Mapping[str, Any]) -> str:
@@ -88,10 +88,48 @@ def kernel_tables(results: Mapping[str, Any]) -> str:
     return f"{intro}\n\n{table(header, [row[:6] for row in rows])}\n{notes}"
 
 
+def engine_tables(results: Mapping[str, Any]) -> str:
+    """Returns the section of bench_gpu: the bars, then the figures behind them."""
+    bars = [
+        [bar["name"], _found_text(bar["found"]), f"{bar['sign']} {bar['least']:g} {bar['of']}", _VERDICTS[bar["kept"]]]
+        for bar in results["bars"]
+    ]
+    parts = results["parts"]
+    sections = [
+        f"{results['shape']}, random weights, bf16. {where_text(results['where'])}",
+        table(["what", "found", "bar", ""], bars),
+    ]
+    step = parts.get("step", {})
+    if "gap_ms_by_context" in step:
+        rows = [[context, spread_text(gap, 3)] for context, gap in step["gap_ms_by_context"].items()]
+        sections.append(table(["context, tokens", "ms between tokens, batch 1"], rows))
+        sections.append(
+            f"Fitted: {step['intercept_ms']:.3f} ms + {step['slope_ms_per_1k_tokens']:.4f} ms per 1000 tokens; "
+            f"{step['intercept_over_floor']:.2f} and {step['slope_over_floor']:.2f} times bytes over copy bandwidth."
+        )
+    throughput = parts.get("throughput", {})
+    runs = [["Wavetrain", *_run_cells(run)] for run in throughput.get("ours", [])]
+    if "theirs" in throughput:
+        runs.append(["transformers generate_batch", *_run_cells(throughput["theirs"])])
+    if runs:
+        sections.append(table(["256 requests, 1000 in, 1000 out", "output tokens/s", "seconds"], runs))
+    failed = [f"- {part}: {found['failed']}" for part, found in parts.items() if "failed" in found]
+    return "\n\n".join([*sections, *(["Not measured:\n\n" + "\n".join(failed)] if failed else [])])
+
+
+def _found_text(found: float | None) -> str:
+    return "-" if found is None else f"{found:.3g}"
+
+
+def _run_cells(run: Mapping[str, Any]) -> list[str]:
+    if "failed" in run:
+        return [run["failed"], ""]
+    return [f"{run['output_tokens_per_s']:.0f}", f"{run['seconds']:.1f}"]
+
+
 def print_bars(bars: Sequence[Mapping[str, Any]]) -> int:
     """Prints every promise on a line; returns how many were missed."""
     for bar in bars:
-        found = "-" if bar["found"] is None else f"{bar['found']:.3g}"
         word = {True: "kept", False: "MISSED", None: "not measured"}[bar["kept"]]
-        print(f"{word:13} {bar['name']}: {found}, bar {bar['sign']} {bar['least']:g} ({bar['of']})")
+        print(f"{word:13} {bar['name']}: {_found_text(bar['found'])}, bar {bar['sign']} {bar['least']:g} ({bar['of']})")
     return sum(bar["kept"] is False for bar in bars)
