@@ -4,12 +4,14 @@
 What it aims at is bytes on their way. At 4.8 TB/s and about a microsecond of latency, an H200's memory is busy only
 while each of its multiprocessors waits for 36 KiB or more; the loads of a program stop for about two microseconds when
 it goes from one row to the next. So each multiprocessor gets two programs, either of which keeps enough on its way
-alone, in all the shared memory that two can have. More programs would be more parts to merge, and fewer registers.
+alone, in all the shared memory that two can have. More programs would be more parts to merge, and fewer registers. Wide
+tiles of queries (drafts of models with large groups) need the registers of both, and get one program of eight warps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,9 +22,11 @@ MAX_DECODE_QUERY_LEN = 8
 
 # Elements of a tile of keys: 16 KiB in 16 bits. Smaller ones pay the barriers of an iteration more often.
 _TILE_ELEMENTS = 8192
-_MAX_TILE_N = 128
-# The two largest loads under way of a program need as many stages and one more; a fourth covers uneven arrival.
-_MAX_STAGES = 4
+_MIN_TILE_N, _MAX_TILE_N = 16, 128
+# Queries in a tile from which on two programs have too few registers, and above which a tile of keys is halved.
+_WIDE_TILE = 64
+# One stage is computed on while the others are on their way: with three, that is never fewer than one.
+_MIN_STAGES, _MAX_STAGES = 3, 4
 # What the driver keeps of shared memory for each block, and what a program has besides its keys and values.
 _RESERVED_BYTES = KIB
 _OTHER_SHARED_BYTES = 6 * KIB
@@ -97,10 +101,16 @@ def decode_config(shape: DecodeShape, device: DeviceTraits, tuned: Mapping[str, 
     """
     measured = dict(tuned or {})
     block_m, block_d = _block_m(shape), next_power_of_2(shape.head_dim)
-    num_warps = measured.get("num_warps", 4)
-    programs_per_sm = measured.pop("programs_per_sm", 2)
+    is_wide = block_m >= _WIDE_TILE
+    num_warps = measured.get("num_warps", 8 if is_wide else 4)
+    programs_per_sm = measured.pop("programs_per_sm", 1 if is_wide else 2)
     num_programs = max(1, device.num_sms * programs_per_sm // shape.num_kv_heads)
-    tile_n = measured.get("tile_n", max(32, min(_MAX_TILE_N, _TILE_ELEMENTS // block_d)))
+    tile_n = _TILE_ELEMENTS // block_d // (2 if block_m > _WIDE_TILE else 1)
+    tile_n = max(_MIN_TILE_N, min(_MAX_TILE_N, tile_n))
+    stages_of = functools.partial(_num_stages, device, programs_per_sm, block_m, block_d, shape.element_bytes)
+    while tile_n > _MIN_TILE_N and stages_of(tile_n) < _MIN_STAGES:
+        tile_n //= 2
+    tile_n = measured.get("tile_n", tile_n)
     merges = num_programs <= _MAX_PARTS_INSIDE and block_m <= _MAX_ROWS_INSIDE
     merge_m = 4 if merges else 1
     config = DecodeConfig(
@@ -114,7 +124,7 @@ def decode_config(shape: DecodeShape, device: DeviceTraits, tuned: Mapping[str, 
         merge_m=merge_m,
         merge_p=max(1, min(_MERGE_ELEMENTS // (merge_m * block_d), next_power_of_2(num_programs))),
         num_warps=num_warps,
-        num_stages=_num_stages(device, programs_per_sm, block_m, block_d, tile_n, shape.element_bytes),
+        num_stages=stages_of(tile_n),
     )
     return dataclasses.replace(config, **measured)
 
@@ -133,9 +143,9 @@ def _block_b(num_rows: int, num_warps: int) -> int:
 
 
 def _num_stages(
-    device: DeviceTraits, programs_per_sm: int, block_m: int, block_d: int, tile_n: int, element_bytes: int
+    device: DeviceTraits, programs_per_sm: int, block_m: int, block_d: int, element_bytes: int, tile_n: int
 ) -> int:
-    """As many as fit: a stage is a tile of keys and one of values; the one that is computed on holds no other's."""
+    """As many as fit. A stage is a tile of keys and one of values; Triton keeps one fewer of them than stages."""
     available = (device.shared_bytes + _RESERVED_BYTES) // programs_per_sm - _RESERVED_BYTES
     stage_bytes = 2 * tile_n * block_d * element_bytes
     query_bytes = block_m * (block_d + tile_n) * element_bytes

@@ -76,7 +76,7 @@ def merge_parts(
     store_rows(out_ptr, acc, rows, dims, first_token, kv_head, num_valid, stride_ot, stride_oh, GROUP, HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["query_start_ptr"])
 def _merge_kernel(
     out_ptr, part_ptr, lse_ptr, span_ptr, query_start_ptr,  # as above
     stride_ot, stride_oh,
