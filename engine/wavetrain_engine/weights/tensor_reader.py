@@ -45,17 +45,13 @@ class Scratch:
 class TensorReader:
     """Reads tensors of the supported dtypes.
 
-    What goes to a GPU is read in pieces, into two pinned buffers by turns: while one is copied to the device, the next
-    piece is read into the other. So a checkpoint of any size passes through the same little host memory.
-
     Args:
-        device: where tensors will be wanted; others are served too.
-        piece_bytes: size of a buffer.
+        device: where tensors will be wanted; the CPU's are served too.
     """
 
-    def __init__(self, device: torch.device = _CPU, *, piece_bytes: int = _PIECE_BYTES) -> None:
+    def __init__(self, device: torch.device = _CPU) -> None:
         self._scratch = Scratch(_CPU)
-        self._pieces = _Pieces(piece_bytes) if device.type == "cuda" else None
+        self._pieces = None if device.type == "cpu" else Pieces(device)
 
     def read(self, entry: TensorEntry, out: Tensor) -> None:
         """Fills `out`, of the entry's shape, converting where its dtype is another.
@@ -64,8 +60,8 @@ class TensorReader:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
         dtype = _DTYPES[entry.dtype]
-        if self._pieces is not None and out.device.type == "cuda" and out.is_contiguous():
-            self._pieces.read(entry, dtype, out.view(-1))
+        if self._pieces is not None and out.device.type != "cpu" and out.is_contiguous():
+            self._pieces.read(entry, out.view(-1))
         elif out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
             _fill(out, entry)
         else:
@@ -74,28 +70,41 @@ class TensorReader:
             out.copy_(tensor)
 
 
-class _Pieces:
-    """Two pinned buffers, each with the event of the copy that reads it."""
+class Pieces:
+    """Reads for a GPU, piece by piece into two pinned buffers by turns.
 
-    def __init__(self, num_bytes: int) -> None:
+    While one is copied to the device, the next piece is read into the other. So a checkpoint of any size passes through
+    the same little host memory.
+    """
+
+    def __init__(self, device: torch.device, *, num_bytes: int = _PIECE_BYTES) -> None:
+        self._device = device
         self._num_bytes = num_bytes
-        self._buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._events = [torch.cuda.Event() for _ in range(2)]  # come at once while nothing was recorded
+        is_cuda = device.type == "cuda"  # tests have pieces on the CPU
+        self._buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+        # Each buffer's: when its copy is done. They come at once while nothing was recorded.
+        self._events = [torch.cuda.Event() if is_cuda else None for _ in range(2)]
 
-    def read(self, entry: TensorEntry, dtype: torch.dtype, out: Tensor) -> None:
-        """Fills `out`, flat and on the device; the last copies may still be under way."""
+    def read(self, entry: TensorEntry, out: Tensor) -> None:
+        """Fills `out`, flat and on the device; the last copies may still be under way.
+
+        Raises:
+            CheckpointError: as TensorReader.
+        """
+        dtype = _DTYPES[entry.dtype]
         for start in range(0, entry.num_bytes, self._num_bytes):
             stop = min(start + self._num_bytes, entry.num_bytes)
             buffer, event = self._buffers[0], self._events[0]
             self._buffers.reverse()
             self._events.reverse()
-            event.synchronize()
+            if event is not None:
+                event.synchronize()
             piece = buffer[: stop - start]
             _fill(piece, entry, start)
-            # Converted on the device, not on the host.
-            values = piece.view(dtype).to(out.device, non_blocking=True)
+            values = piece.view(dtype).to(self._device, non_blocking=True)  # converted there, not on the host
             out[start // dtype.itemsize : stop // dtype.itemsize].copy_(values)
-            event.record()
+            if event is not None:
+                event.record()
 
 
 def _fill(out: Tensor, entry: TensorEntry, start: int = 0) -> None:

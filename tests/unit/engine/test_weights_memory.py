@@ -17,7 +17,7 @@ from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.models.registry import create_model
 from wavetrain_engine.weights.loader import load_weights
 from wavetrain_engine.weights.safetensors_header import read_header
-from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
+from wavetrain_engine.weights.tensor_reader import Pieces, Scratch, TensorReader
 
 CPU = torch.device("cpu")
 
@@ -108,6 +108,23 @@ class TestTensorReader:
         path.unlink()
         with pytest.raises(CheckpointError, match=r"^cannot read t\.safetensors: No such file"):
             TensorReader().read(entry, torch.empty(4))
+
+    @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("num_bytes", [8, 64, 1 << 20])
+    def test_a_device_gets_it_in_pieces(self, tmp_path: Path, num_bytes: int, wanted: torch.dtype) -> None:
+        tensors = {"a": torch.randn(3, 5), "b": torch.randn(32).bfloat16(), "none": torch.zeros(0, 4)}
+        save_file(tensors, tmp_path / "t.safetensors")
+        pieces = Pieces(CPU, num_bytes=num_bytes)
+        entries = read_header(tmp_path / "t.safetensors")
+        for entry in entries:
+            out = torch.empty(entry.shape, dtype=wanted)
+            pieces.read(entry, out.view(-1))
+            assert torch.equal(out, tensors[entry.name].to(wanted))
+        path = tmp_path / "t.safetensors"
+        path.write_bytes(path.read_bytes()[:-4])
+        last = max(entries, key=lambda entry: entry.begin + entry.num_bytes)
+        with pytest.raises(CheckpointError, match=r"^t\.safetensors became shorter while it was read; load"):
+            pieces.read(last, torch.empty(last.shape).view(-1))
 
 
 def test_scratch_memory_is_used_again_until_it_is_let_go() -> None:
