@@ -102,7 +102,7 @@ class CudaRecorder:
         run()  # what is compiled, allocated or looked up the first time does not belong in a graph
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
         return graph.replay
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fakes.device_core import device_on_cpu
+from fakes.device_core import device_on_cpu, graphs_of
 from fakes.real_core import RealCore
 from fakes.tiny_checkpoints import VOCAB_SIZE, TinyCheckpoints
 from wavetrain_engine.request import FinishReason, TokenLogprobs
+from wavetrain_engine.worker import device_start
+from wavetrain_engine.worker.cuda_graphs import GraphKey, StepGraphs, graph_keys
 
 NUM_REQUESTS = 12
 MAX_TOKENS = 24
@@ -127,3 +130,43 @@ def test_random_mixes(
     for index in stayed:
         assert_like(REQUESTS.answer(core, index), alone[index])
     assert (recorder.num_replays > num_rehearsed) == with_graphs
+
+
+def test_rows_of_as_many_tokens_have_graphs_of_their_own(
+    directory: Path, alone: list[Answer], cores: list[RealCore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rows that verify draft tokens will be: here they are chunks of four."""
+    device_on_cpu(monkeypatch, with_graphs=True)
+    monkeypatch.setattr(device_start, "graph_keys", partial(graph_keys, query_lens=(1, 4)))
+    run, ran = StepGraphs.run, list[GraphKey]()
+    monkeypatch.setattr(StepGraphs, "run", lambda self, key: ran.append(key) or run(self, key))
+    core = RealCore(directory, long_prefill_token_threshold=4, max_num_seqs=3, enable_prefix_caching=False)
+    cores.append(core)
+    graphs = graphs_of(core)
+    assert graphs is not None
+    assert (graphs.sizes(1), graphs.sizes(4)) == ([1, 2, 3], [1, 2, 3])
+    for index in (0, 4, 9):  # 40, 8 and 8 tokens
+        REQUESTS.add(core, index)
+    core.run()
+    for index in (0, 4, 9):
+        assert_like(REQUESTS.answer(core, index), alone[index])
+    assert GraphKey(3, 4) in ran
+    assert GraphKey(3, 1) in ran
+
+
+def test_an_answer_in_another_batch_is_the_same_in_each_family(tmp_path: Path, cores: list[RealCore]) -> None:
+    checkpoints = TinyCheckpoints(tmp_path)
+    for family in ("qwen3", "gemma2", "mixtral"):
+        directory = checkpoints.get(family, with_tokenizer=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WAVETRAIN_KERNELS", "reference")
+            host = RealCore(directory, max_num_batched_tokens=32, async_scheduling=True)
+            device_on_cpu(patch, with_graphs=False)
+            device = RealCore(directory, max_num_batched_tokens=32)
+        cores += [host, device]
+        for core in (host, device):
+            for index in range(6):
+                REQUESTS.add(core, index)
+            core.run()
+        for index in range(6):
+            assert_like(REQUESTS.answer(device, index), REQUESTS.answer(host, index))

@@ -21,6 +21,8 @@ from wavetrain_engine.plan import AdmittedRequest, ScheduledRequest, StepPlan, S
 from wavetrain_engine.request import EngineRequest
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.sampling_params import SamplingParams
+from wavetrain_engine.worker.device_batch import DeviceBatch, StepShape
+from wavetrain_engine.worker.device_runner import DeviceRunner
 from wavetrain_engine.worker.input_batch import InputBatch
 from wavetrain_engine.worker.model_runner import ModelRunner
 
@@ -127,14 +129,34 @@ def decoding_runner(num_rows: int) -> Callable[[], StepResult]:
         state=SamplingState(8, cpu),
         eos_token_ids=[],
     )
+    return following_steps(runner.execute, num_rows)
+
+
+def decoding_device_runner(num_rows: int) -> Callable[[], StepResult]:
+    """The same on the runner of a GPU, with a CPU for its device."""
+    cpu = torch.device("cpu")
+    runner = DeviceRunner(
+        model=cast("Model", NullModel()),
+        kv_caches=[],
+        batch=DeviceBatch(
+            max_num_seqs=num_rows, max_model_len=64, block_size=16, static_shape=StepShape(64, 64), device=cpu
+        ),
+        state=SamplingState(8, cpu),
+        eos_token_ids=[],
+    )
+    return following_steps(lambda plan: runner.launch(plan).result(), num_rows)
+
+
+def following_steps(execute: Callable[[StepPlan], StepResult], num_rows: int) -> Callable[[], StepResult]:
+    """Runs the first steps and returns what runs the next."""
     params = SamplingParams(temperature=0.0)
     ids = [str(index) for index in range(num_rows)]
     admitted = [AdmittedRequest(name, [1, 2], 2, params, [index], 1) for index, name in enumerate(ids)]
     plans = [StepPlan(0, [], admitted, [ScheduledRequest(name, 1, 1, (), True) for name in ids])]
     plans += [StepPlan(n, [], [], [ScheduledRequest(name, 1 + n, 1, (), True) for name in ids]) for n in range(1, 8)]
-    runner.execute(plans.pop(0))
-    runner.execute(plans.pop(0))
-    return lambda: runner.execute(plans.pop(0))
+    execute(plans.pop(0))
+    execute(plans.pop(0))
+    return lambda: execute(plans.pop(0))
 
 
 @pytest.mark.parametrize("num_rows", [1, 64])
@@ -147,6 +169,7 @@ def test_a_step_that_decodes_on_asks_torch_for_little(num_rows: int) -> None:
     assert len(names) <= 5, names  # two results, the maximum that fills them, and reading them back
 
 
-def test_a_row_that_decodes_on_costs_the_worker_no_call() -> None:
-    few, many = (num_calls(decoding_runner(num_rows)) for num_rows in (1, 64))
+@pytest.mark.parametrize("make_runner", [decoding_runner, decoding_device_runner])
+def test_a_row_that_decodes_on_costs_the_worker_no_call(make_runner: Callable[[int], Callable[[], StepResult]]) -> None:
+    few, many = (num_calls(make_runner(num_rows)) for num_rows in (1, 64))
     assert many - few < 16
