@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from wavetrain_engine.errors import CheckpointError, ConfigError, UnsupportedModelError, WavetrainError
 from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_engine.models.moe_config import MoeConfig
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -26,6 +27,8 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
 }
+
+QWEN3_MOE: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"]}
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -112,6 +115,10 @@ def test_biases_by_family() -> None:
         ("MistralForCausalLM", {"sliding_window": 8}, (8, 8, 8, 8)),
         ("MistralForCausalLM", {"sliding_window": None}, (None, None, None, None)),
         ("MistralForCausalLM", {}, (4096, 4096, 4096, 4096)),
+        ("MixtralForCausalLM", {"sliding_window": 8}, (8, 8, 8, 8)),
+        ("MixtralForCausalLM", {}, (None, None, None, None)),
+        ("Qwen3MoeForCausalLM", {"sliding_window": 8}, (None, None, None, None)),
+        ("Qwen3MoeForCausalLM", {"sliding_window": 8, "use_sliding_window": True}, (8, 8, 8, 8)),
         ("Qwen2ForCausalLM", {"sliding_window": 8}, (None, None, None, None)),
         (
             "Qwen2ForCausalLM",
@@ -142,6 +149,59 @@ def test_gemma2_has_its_own_defaults() -> None:
     assert (read.num_kv_heads, read.head_dim, read.hidden_act) == (4, 256, "gelu_pytorch_tanh")
     uncapped = family("Gemma2ForCausalLM", attn_logit_softcapping=None, final_logit_softcapping=None)
     assert (uncapped.attention_soft_cap, uncapped.logit_soft_cap) == (None, None)
+
+
+def test_families_without_experts_have_none() -> None:
+    assert config(num_local_experts=8, num_experts_per_tok=2).moe is None
+    assert family("Qwen3ForCausalLM", num_experts=8).moe is None
+
+
+def test_mixtrals_experts() -> None:
+    read = family("MixtralForCausalLM", num_local_experts=6, num_experts_per_tok=3)
+    assert read.moe == MoeConfig(
+        num_experts=6, num_experts_per_tok=3, intermediate_size=96, is_renormalized=True, layers=(True,) * 4
+    )
+
+
+def test_mixtral_has_its_own_defaults() -> None:
+    read = family("MixtralForCausalLM", rms_norm_eps=None, num_key_value_heads=None, num_attention_heads=16)
+    assert (read.rms_norm_eps, read.rope.theta, read.num_kv_heads) == (1e-5, 1e6, 8)
+    assert read.moe is not None
+    assert (read.moe.num_experts, read.moe.num_experts_per_tok) == (8, 2)
+    assert not family("MixtralForCausalLM", attention_bias=True).attention_bias
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, (True, True, True, True)),
+        ({"decoder_sparse_step": 2}, (False, True, False, True)),
+        ({"decoder_sparse_step": 5}, (False, False, False, False)),
+        ({"mlp_only_layers": [0, 3]}, (False, True, True, False)),
+        ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, (False, False, False, True)),
+    ],
+)
+def test_qwen3s_experts(changes: dict[str, Any], layers: tuple[bool, ...]) -> None:
+    read = family("Qwen3MoeForCausalLM", num_experts=16, moe_intermediate_size=24, **changes).moe
+    assert read == MoeConfig(
+        num_experts=16, num_experts_per_tok=8, intermediate_size=24, is_renormalized=False, layers=layers
+    )
+
+
+def test_qwen3_moe_has_its_own_defaults() -> None:
+    read = family("Qwen3MoeForCausalLM", norm_topk_prob=True, num_key_value_heads=None)
+    assert (read.num_kv_heads, read.head_dim, read.intermediate_size) == (4, 16, 96)
+    assert read.moe == MoeConfig(
+        num_experts=128, num_experts_per_tok=8, intermediate_size=768, is_renormalized=True, layers=(True,) * 4
+    )
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_the_number_of_experts_has_two_names(architecture: str) -> None:
+    for names in ({"num_experts": 9}, {"num_local_experts": 9}, {"num_experts": 9, "num_local_experts": 9}):
+        read = family(architecture, **names).moe
+        assert read is not None
+        assert read.num_experts == 9
 
 
 REFUSED: list[tuple[dict[str, Any], type[WavetrainError], str]] = [
@@ -178,6 +238,22 @@ REFUSED: list[tuple[dict[str, Any], type[WavetrainError], str]] = [
         UnsupportedModelError,
         "several kinds",
     ),
+    (
+        {"architectures": ["MixtralForCausalLM"], "sliding_window": 8, "layer_types": ["full_attention"] * 4},
+        UnsupportedModelError,
+        "several kinds is not supported for mixtral",
+    ),
+    # Experts
+    ({**QWEN3_MOE, "num_experts": 0}, ConfigError, "num_experts must be an integer from 1 to 512"),
+    ({**QWEN3_MOE, "num_experts": 10**6}, ConfigError, "num_experts must be an integer from 1 to 512"),
+    ({**QWEN3_MOE, "num_experts": 4}, ConfigError, r"num_experts_per_tok \(8\) is more than the 4 experts"),
+    ({**QWEN3_MOE, "num_experts": 9, "num_local_experts": 8}, ConfigError, "two names of one thing, but differ"),
+    ({**QWEN3_MOE, "num_experts_per_tok": 0}, ConfigError, "num_experts_per_tok must be an integer from 1"),
+    ({**QWEN3_MOE, "moe_intermediate_size": 0}, ConfigError, "moe_intermediate_size must be an integer from 1"),
+    ({**QWEN3_MOE, "decoder_sparse_step": 0}, ConfigError, "decoder_sparse_step must be an integer from 1"),
+    ({**QWEN3_MOE, "norm_topk_prob": 1}, ConfigError, "norm_topk_prob must be true or false"),
+    ({**QWEN3_MOE, "mlp_only_layers": [0, True]}, ConfigError, "mlp_only_layers must be a list of integers"),
+    ({**QWEN3_MOE, "mlp_only_layers": 3}, ConfigError, "mlp_only_layers must be a list of integers"),
     # Types
     ({"hidden_size": "64"}, ConfigError, "hidden_size must be an integer, got '64'"),
     ({"hidden_size": 64.0}, ConfigError, "hidden_size must be an integer"),
@@ -230,8 +306,12 @@ def test_refused_with_its_own_message(changes: dict[str, Any], error: type[Wavet
 
 
 @given(
-    st.sampled_from([*LLAMA, "head_dim", "rope_theta", "rope_scaling", "sliding_window", "layer_types", "dtype"]),
-    st.sampled_from(["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"]),
+    st.sampled_from(
+        [*LLAMA, "head_dim", "rope_theta", "rope_scaling", "sliding_window", "layer_types", "dtype", "num_experts"]
+    ),
+    st.sampled_from(
+        ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "Qwen3MoeForCausalLM"]
+    ),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["type", "factor"]), inner),
