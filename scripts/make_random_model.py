@@ -1,22 +1,32 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a Llama-shaped checkpoint with random weights, for benchmarks: speed needs a shape, not knowledge.
+"""Writes a checkpoint with random weights, for benchmarks: speed needs a shape, not knowledge.
 
     .venv/bin/python scripts/make_random_model.py --shape 129m --out /tmp/m-129m
 
-A byte-level BPE tokenizer is trained beside it on Python's standard library.
+Shapes of three families: Llama's, and with mixtures of experts Mixtral's and Qwen3-MoE's. A byte-level BPE tokenizer is
+trained beside it on Python's standard library.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 VOCAB_SIZE = 16384
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|pad|>"]
@@ -24,7 +34,12 @@ SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|pad|>"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What sets the sizes of a Llama."""
+    """What sets the sizes of a model.
+
+    Attributes:
+        classes: of transformers: the configuration's and the model's.
+        options: values that the family has beside those of a Llama.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -32,12 +47,41 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     is_tied: bool
+    classes: tuple[Any, Any] = (LlamaConfig, LlamaForCausalLM)
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 SHAPES = {
     "tiny": Shape(256, 768, 4, 8, 4, is_tied=True),
     "129m": Shape(768, 3072, 12, 12, 4, is_tied=False),
     "1b": Shape(2048, 8192, 16, 32, 8, is_tied=True),
+    # 0.5 billion parameters each; a token is multiplied with 145 and 88 million of them.
+    "mixtral": Shape(
+        768,
+        2048,
+        12,
+        12,
+        4,
+        is_tied=False,
+        classes=(MixtralConfig, MixtralForCausalLM),
+        options={"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen3-moe": Shape(
+        768,
+        2048,
+        12,
+        12,
+        4,
+        is_tied=False,
+        classes=(Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        options={
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 512,
+            "norm_topk_prob": True,
+            "head_dim": 64,
+        },
+    ),
 }
 
 
@@ -72,7 +116,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     shape = SHAPES[args.shape]
-    config = LlamaConfig(
+    config_class, model_class = shape.classes
+    config = config_class(
         vocab_size=VOCAB_SIZE,
         bos_token_id=0,
         eos_token_id=1,
@@ -85,9 +130,10 @@ def main() -> None:
         num_key_value_heads=shape.num_kv_heads,
         tie_word_embeddings=shape.is_tied,
         dtype=torch.bfloat16,
+        **shape.options,
     )
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(args.out)
+    model_class(config).save_pretrained(args.out)
     train_tokenizer().save_pretrained(args.out)
     print(f"wrote {args.out}")
 
