@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels on the device: the unit tests, where pytest is, and every contest of bench_kernels in its full size."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu import machine
+from gpu.attention_contests import attention_contests
+from gpu.greedy_checks import Check
+from gpu.layer_contests import layer_contests, lora_contests
+from gpu.moe_contests import moe_contests
+from gpu.sampling_contests import sampling_contests
+from gpu.setting import Setting
+
+_TESTS = machine.ROOT / "tests" / "unit" / "kernels" / "gpu"
+# The plugins that pyproject.toml configures need not be there.
+_SETTINGS = """[pytest]
+addopts = --import-mode=importlib -p no:cacheprovider
+markers =
+    server: -
+    slow: -
+    gpu: -
+"""
+
+
+def unit_test_checks(folder: Path, selection: str, timeout_s: float) -> Iterator[Check]:
+    """Runs the unit tests of the GPU kernels and yields a check for each of their files."""
+    settings, report = folder / "pytest.ini", folder / "report.xml"
+    settings.write_text(_SETTINGS, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", str(_TESTS), "-q", "-c", str(settings), f"--rootdir={machine.ROOT}"]
+    if not selection and importlib.util.find_spec("xdist") is not None:  # compiling is most of it
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    command += [f"--junitxml={report}", f"--basetemp={folder / 'tests'}", *(["-k", selection] if selection else [])]
+    try:
+        done = subprocess.run(
+            command, env=machine.child_environment(), timeout=timeout_s, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        yield Check("unit tests of the kernels", is_right=False, detail=f"not done after {timeout_s:.0f} s")
+        return
+    if not report.exists():
+        tail = " ".join((done.stdout + done.stderr).splitlines()[-3:])
+        yield Check("unit tests of the kernels", is_right=False, detail=tail[-300:])
+        return
+    yield from read_report(report)
+
+
+def read_report(report: Path) -> list[Check]:
+    """Returns a check for each test file that a JUnit report names."""
+    counts: dict[str, dict[str, int]] = {}
+    first: dict[str, str] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = (case.get("classname") or "?").rpartition(".")[2]
+        kind = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        found = counts.setdefault(name, {})
+        found[kind] = found.get(kind, 0) + 1
+        if kind in ("failure", "error"):
+            first.setdefault(name, f"{case.get('name')}")
+    if not counts:
+        return [Check("unit tests of the kernels", is_right=False, detail="none ran")]
+    return [
+        Check(
+            f"tests of {name}",
+            is_right=name not in first,
+            detail=", ".join(f"{number} {kind}" for kind, number in sorted(found.items()))
+            + (f"; first: {first[name]}" if name in first else ""),
+        )
+        for name, found in sorted(counts.items())
+    ]
+
+
+def contest_checks(setting: Setting) -> Iterator[Check]:
+    """Runs our side of every contest once and compares it with the truth."""
+    where: dict[str, Any] = {"device": setting.device, "is_dry_run": setting.is_dry_run}
+    for dtype in [setting.dtype] if setting.is_dry_run else [torch.bfloat16, torch.float16]:
+        groups = {
+            "attention": lambda dtype=dtype: attention_contests(dtype, **where),
+            "layer": lambda dtype=dtype: layer_contests(dtype, **where),
+            "sampling": lambda: sampling_contests(**where),
+            "moe": lambda dtype=dtype: moe_contests(dtype, **where),
+            "lora": lambda dtype=dtype: lora_contests(dtype, **where),
+        }
+        kind = str(dtype).removeprefix("torch.")
+        for group, make in groups.items():
+            yield from _group_checks(f"{group}, {kind}", make, setting)
+
+
+def _group_checks(name: str, make: Any, setting: Setting) -> Iterator[Check]:
+    """Yields one check for a group: its worst contest, in shares of what it may be wrong by."""
+    num_contests, worst, worst_case = 0, 0.0, ""
+    try:
+        with torch.inference_mode():
+            for contest in make():
+                error = contest.error(contest.ours[0]())
+                share = error / contest.tolerance if contest.tolerance else (0.0 if error == 0 else float("inf"))
+                num_contests += 1
+                if not share <= worst:
+                    worst, worst_case = share, f"{contest.group}, {contest.case}, error {error:.2g}"
+                setting.forget()
+    except Exception as error:
+        yield Check(f"full sizes: {name}", is_right=False, detail=f"{type(error).__name__}: {error}"[:300])
+        return
+    detail = f"{num_contests} cases; worst: {worst_case or 'all exact'}"
+    yield Check(f"full sizes: {name}", is_right=worst <= 1, detail=detail)
