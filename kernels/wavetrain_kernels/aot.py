@@ -86,7 +86,8 @@ def compile_case(case: AotCase, arch: str) -> Compiled:
         registers, spill_bytes = _resources(kernel.asm["cubin"])
     except Exception as error:  # of the compiler, whatever it is
         lines = str(error).strip().splitlines() or [""]
-        return Compiled(name=case.name, arch=arch, problems=[f"{type(error).__name__}: {lines[0]}"])
+        reason = " ".join(dict.fromkeys((lines[0], lines[-1])))  # the place, and what is wrong there
+        return Compiled(name=case.name, arch=arch, problems=[f"{type(error).__name__}: {reason}"])
     ptx = kernel.asm["ptx"]
     result = Compiled(
         name=case.name,

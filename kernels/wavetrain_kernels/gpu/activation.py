@@ -19,6 +19,15 @@ _NUM_WARPS = 4  # eight elements a thread: 16-byte loads in 16-bit types
 
 
 @triton.jit
+def activated(gate, up, IS_SILU: tl.constexpr):  # noqa: ANN201
+    """act(gate) * up, computed in float32 and rounded between the two as the reference is."""
+    x = gate.to(tl.float32)
+    # gelu's tanh approximation, 0.5 x (1 + tanh(z)), is a sigmoid too: 1 + tanh(z) = 2 sigmoid(2 z)
+    active = x * tl.sigmoid(x if IS_SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return (active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _gated_activation_kernel(
     out_ptr,  # [T, I], contiguous
     gate_up_ptr,  # [T, 2 * I], contiguous
@@ -31,12 +40,7 @@ def _gated_activation_kernel(
     is_there = columns < SIZE
     gate = tl.load(gate_up_ptr + row * (2 * SIZE) + columns, mask=is_there, other=0.0)
     up = tl.load(gate_up_ptr + row * (2 * SIZE) + SIZE + columns, mask=is_there, other=0.0)
-    x = gate.to(tl.float32)
-    # gelu's tanh approximation, 0.5 x (1 + tanh(z)), is a sigmoid too: 1 + tanh(z) = 2 sigmoid(2 z)
-    active = x * tl.sigmoid(x if IS_SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x))
-    # Rounded between the two as the reference is.
-    active = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
-    tl.store(out_ptr + row * SIZE + columns, active.to(gate.dtype), mask=is_there)
+    tl.store(out_ptr + row * SIZE + columns, activated(gate, up, IS_SILU), mask=is_there)
 
 
 def gated_activation(out: Tensor, gate_up: Tensor, activation: str) -> None:

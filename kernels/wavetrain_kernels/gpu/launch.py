@@ -43,6 +43,9 @@ class DeviceTraits:
 # What the interpreter pretends to run on, so that tests take the branches of the GPU that we tune for.
 H200 = DeviceTraits("NVIDIA H200", (9, 0), 132, 227 * KIB, 50 * KIB * KIB)
 
+# The oldest that the kernels are tuned for at all; what is compiled ahead of time is compiled for both.
+A100 = DeviceTraits("NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 * KIB, 40 * KIB * KIB)
+
 
 @functools.cache
 def device_traits(device: torch.device) -> DeviceTraits:

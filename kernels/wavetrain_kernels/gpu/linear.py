@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers by cuBLAS, which writes each product where it is wanted. A packed weight is the weight itself.
+"""Linear layers by cuBLAS, which writes each product where it is wanted; gates of a few rows by a kernel of our own.
 
+A packed weight is the weight itself.
 Its layout [out, in] is the one that cuBLAS reads fastest for few rows: both operands run along the summed dimension.
 """
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.gpu.activation import gated_activation
+from wavetrain_kernels.gpu.gated_product import can_fuse, gated_product
 from wavetrain_kernels.gpu.launch import TRITON_TYPES, fall_back
 from wavetrain_kernels.reference import linear as reference
 
@@ -43,6 +45,9 @@ def gated_linear(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None, ac
     if x.dtype not in TRITON_TYPES:
         fall_back("gated_linear", f"{x.dtype} inputs")
         reference.gated_linear(out, x, packed, bias, activation)
+        return
+    if can_fuse(x, packed):
+        gated_product(out, x, packed, bias, activation)
         return
     # Of torch's allocator and not a workspace: as large as any activation, and free for the next layer right after.
     gate_up = torch.empty((x.shape[0], packed.shape[0]), dtype=x.dtype, device=x.device)

@@ -10,8 +10,9 @@ import torch
 
 from wavetrain_kernels import ops
 from wavetrain_kernels.gpu.activation import gated_activation
+from wavetrain_kernels.gpu.gated_product import MAX_ROWS, can_fuse, gated_product, gated_product_config
 from wavetrain_kernels.gpu.kernels import GPU
-from wavetrain_kernels.gpu.launch import fall_back
+from wavetrain_kernels.gpu.launch import A100, H200, fall_back
 from wavetrain_kernels.ops import dispatch
 from wavetrain_kernels.reference.kernels import REFERENCE
 
@@ -57,7 +58,7 @@ def test_gates_far_out(activation, device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_rows", [0, 1, 5])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 17])
 def test_gated_linear(num_rows, has_bias, activation, dtype, device):
     x, weight = made(device, dtype, num_rows, 24), made(device, dtype, 34, 24) / 5
     bias = made(device, dtype, 34) if has_bias else None
@@ -65,6 +66,59 @@ def test_gated_linear(num_rows, has_bias, activation, dtype, device):
     GPU.gated_linear(out, x, GPU.pack_weight(weight, True), bias, activation)
     REFERENCE.gated_linear(expected, x, weight, bias, activation)
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("num_rows", "size", "in_features"), [(1, 70, 136), (16, 33, 64), (5, 64, 256), (3, 1, 8)])
+def test_gated_product(num_rows, size, in_features, has_bias, activation, device):
+    """Alone, with rows and outputs that fill no tile; what lies around must stay."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    x, weight = (
+        made(device, dtype, num_rows, 2 * in_features)[:, :in_features],
+        made(device, dtype, 2 * size, in_features),
+    )
+    weight = weight / in_features**0.5
+    bias = made(device, dtype, 2 * size) if has_bias else None
+    memory = torch.full((num_rows * size + 32,), float("nan"), dtype=dtype, device=device)
+    out, expected = (
+        memory[: num_rows * size].view(num_rows, size),
+        torch.empty(num_rows, size, dtype=dtype, device=device),
+    )
+    assert can_fuse(x, weight)
+    gated_product(out, x, weight, bias, activation)
+    REFERENCE.gated_linear(expected, x, weight, bias, activation)
+    assert_close(out, expected)
+    assert memory[num_rows * size :].isnan().all()
+
+
+def test_what_one_launch_does(device, monkeypatch):
+    def is_fused(num_rows, in_features=64, dtype=torch.float16, step=1):
+        x = made(device, dtype, num_rows, step * in_features)[:, ::step]
+        return can_fuse(x, made(device, dtype, 6, in_features))
+
+    assert is_fused(MAX_ROWS)
+    assert is_fused(0)
+    assert not is_fused(MAX_ROWS + 1)
+    assert not is_fused(1, dtype=torch.float32)
+    assert not is_fused(1, in_features=65)
+    assert not is_fused(1, step=2)
+    asked: list[tuple[str, tuple[int, int]]] = []
+    monkeypatch.setattr(
+        "wavetrain_kernels.gpu.gated_product.tuned", lambda *key: asked.append(key) or {"is_fused": False}
+    )
+    assert not is_fused(1)
+    assert asked == [("gated_product", (3, 64), device)]
+
+
+def test_configurations_fit_their_device():
+    for traits in (A100, H200):
+        for size in (855, 4864, 14336):
+            config = gated_product_config(size, traits)
+            tile_bytes = 2 * config.block_k * (2 * config.block_n + MAX_ROWS)
+            assert 2 <= config.num_stages <= 5
+            assert 2 * config.num_stages * tile_bytes <= traits.shared_bytes
+    assert gated_product_config(14336, H200, {"num_stages": 3, "block_k": 128}).num_stages == 3
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
