@@ -11,7 +11,7 @@ import torch
 from triton import knobs
 
 from wavetrain_kernels.errors import UnsupportedDevice
-from wavetrain_kernels.gpu import embedding, linear, lora, moe, moe_routing, norm, rotary
+from wavetrain_kernels.gpu import attention, embedding, linear, lora, moe, moe_routing, norm, rotary
 from wavetrain_kernels.gpu.launch import count_compilations
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -27,6 +27,7 @@ GPU = dataclasses.replace(
     rms_norm=norm.rms_norm,
     add_rms_norm=norm.add_rms_norm,
     rotate_and_cache=rotary.rotate_and_cache,
+    paged_attention=attention.paged_attention,
     pack_weight=linear.pack_weight,
     embedding=embedding.embedding,
     linear=linear.linear,

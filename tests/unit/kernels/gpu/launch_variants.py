@@ -62,6 +62,11 @@ def _made(*shape: int) -> torch.Tensor:
 WEIGHT, TABLE = _made(HIDDEN_SIZE), _made(VOCABULARY_SIZE, HIDDEN_SIZE)
 HEAD_NORM, COS_SIN = _made(HEAD_DIM), _made(1000, 2, HEAD_DIM // 2)
 GATED = _made(2 * INTERMEDIATE_SIZE, HIDDEN_SIZE)
+NUM_EXPERTS = 64
+EXPERTS = (
+    _made(NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE),
+    _made(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE),
+)
 CACHES = [_made(20, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(2)]
 BUFFER = torch.zeros(1024, dtype=torch.int64)  # what a step's ids are slices of, at any offset
 
@@ -113,6 +118,27 @@ def embedding(num_tokens: int) -> None:
     GPU.embedding(_made(num_tokens, HIDDEN_SIZE), TABLE, token_ids, 1.0, False)
 
 
+def route_experts(num_tokens: int) -> None:
+    weights, expert_ids = torch.zeros(num_tokens, 2), torch.zeros(num_tokens, 2, dtype=torch.int32)
+    GPU.route_experts(weights, expert_ids, torch.zeros(num_tokens, NUM_EXPERTS), True)
+
+
+def mixture_of_few(num_tokens: int) -> None:
+    """Less than a pair an expert, and one program sorts them all."""
+    _mixture(1 + num_tokens % 15)
+
+
+def mixture_of_many(num_tokens: int) -> None:
+    """From 22 to 30 pairs an expert: the number of rows in a tile is one of four constants."""
+    _mixture(700 + num_tokens)
+
+
+def _mixture(num_tokens: int) -> None:
+    x = _made(num_tokens, HIDDEN_SIZE)
+    weights, expert_ids = torch.zeros(num_tokens, 2), torch.zeros(num_tokens, 2, dtype=torch.int32)
+    GPU.fused_moe(torch.empty_like(x), x, *EXPERTS, weights, expert_ids, INTERMEDIATE_SIZE, "silu")
+
+
 def decode_attention(num_tokens: int) -> None:
     """Eight rows whatever the size: it is their contexts that differ."""
     _attention([1] * 8, [num_tokens + row + 1 for row in range(8)])
@@ -142,6 +168,11 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
         rotate_and_cache_with_norms,
         gated_linear,
         embedding,
+        route_experts,
+        mixture_of_few,
+        mixture_of_many,
+        decode_attention,
+        prefill_attention,
     )
 }
 

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel attends for which rows of a step: it depends on a row's own number of queries, and on nothing else.
+
+Rows with up to MAX_DECODE_QUERY_LEN queries are limited by reading their context, and are shared out over the device by
+`attention_decode`. Rows with more are limited by arithmetic, and are `attention_prefill`'s. In a mixed step both are
+launched over all rows, and each leaves the other's alone: sorting rows on the host would wait for the device.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor
+
+from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.gpu.attention_decode import decode_attention
+from wavetrain_kernels.gpu.attention_decode_config import MAX_DECODE_QUERY_LEN
+from wavetrain_kernels.gpu.attention_prefill import prefill_attention
+from wavetrain_kernels.gpu.launch import TRITON_TYPES, fall_back
+from wavetrain_kernels.reference import attention as reference
+
+
+def paged_attention(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """out [T, Hq, D] = attention of query [T, Hq, D] over caches [num_blocks, Hkv, block_size, D].
+
+    Of the host's numbers, a step that may be captured (no row has more than MAX_DECODE_QUERY_LEN queries) uses
+    `max_query_len` alone.
+    """
+    options = (metadata, scale, sliding_window, soft_cap)
+    if query.dtype not in TRITON_TYPES:
+        fall_back("paged_attention", f"{query.dtype}")
+        reference.paged_attention(out, query, key_cache, value_cache, *options)
+        return
+    if metadata.max_query_len > MAX_DECODE_QUERY_LEN:
+        prefill_attention(out, query, key_cache, value_cache, *options, min_query_len=MAX_DECODE_QUERY_LEN + 1)
+    if metadata.max_query_len <= MAX_DECODE_QUERY_LEN or _has_decodes(metadata):
+        decode_attention(out, query, key_cache, value_cache, *options)
+
+
+def _has_decodes(metadata: AttentionMetadata) -> bool:
+    """Whether a mixed step has rows for decode attention; derived once a step, like a plan of the reference."""
+    found = metadata.plans.get(_has_decodes)
+    if found is None:
+        starts = metadata.host_query_start_loc
+        found = any(0 < stop - start <= MAX_DECODE_QUERY_LEN for start, stop in pairwise(starts))
+        metadata.plans[_has_decodes] = found
+    return found
