@@ -20,7 +20,6 @@ from wavetrain_kernels.gpu.aot_case import AotCase
 from wavetrain_kernels.gpu.launch import TRITON_TYPES, cdiv, fall_back, launch, next_power_of_2
 from wavetrain_kernels.gpu.moe_config import ProductConfig, down_config, gate_up_config
 from wavetrain_kernels.gpu.moe_routing import SortedPairs, sort_pairs
-from wavetrain_kernels.gpu.workspace import workspace
 from wavetrain_kernels.reference import moe as reference
 
 # T = tokens, E = experts, k = experts of a token, P = T * k pairs, H = hidden size, I = units of an expert.
@@ -90,10 +89,14 @@ def _gate_up_kernel(
             ups = tl.load(up_ptrs + start, mask=is_there[:, None], other=0.0)
         gate = tl.dot(x, gates, gate, input_precision="ieee")
         up = tl.dot(x, ups, up, input_precision="ieee")
+    # Rounded where the reference rounds.
+    dtype = units_ptr.dtype.element_ty
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
     # gelu's tanh approximation, 0.5 x (1 + tanh(z)), is a sigmoid too: 1 + tanh(z) = 2 sigmoid(2 z)
-    units = gate * tl.sigmoid(gate if IS_SILU else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    active = gate * tl.sigmoid(gate if IS_SILU else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    units = active.to(dtype).to(tl.float32) * up
     unit_ptrs = units_ptr + rows.to(tl.int64)[:, None] * UNITS + columns[None, :]
-    tl.store(unit_ptrs, units.to(units_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (columns < UNITS)[None, :])
+    tl.store(unit_ptrs, units.to(dtype), mask=(rows < end)[:, None] & (columns < UNITS)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -134,9 +137,10 @@ def _down_kernel(
             a = tl.load(a_ptrs + start, mask=is_there[None, :], other=0.0)
             b = tl.load(b_ptrs + start, mask=is_there[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    total *= weights[:, None]
+    dtype = terms_ptr.dtype.element_ty
+    terms = total.to(dtype).to(tl.float32) * weights[:, None]
     term_ptrs = terms_ptr + pairs[:, None] * HIDDEN + columns[None, :]
-    tl.store(term_ptrs, total.to(terms_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (columns < HIDDEN)[None, :])
+    tl.store(term_ptrs, terms.to(dtype), mask=(rows < end)[:, None] & (columns < HIDDEN)[None, :])
 
 
 @triton.jit
@@ -180,10 +184,11 @@ def fused_moe(
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     weights, expert_ids = weights.contiguous(), expert_ids.contiguous()
-    (num_tokens, top_k), (num_experts, hidden, _), device = expert_ids.shape, down.shape, x.device
+    (num_tokens, top_k), (num_experts, hidden, _) = expert_ids.shape, down.shape
     pairs = sort_pairs(expert_ids, num_experts)
-    units = workspace("moe_units", (num_tokens * top_k, num_units), x.dtype, device)
-    terms = workspace("moe_terms", (num_tokens * top_k, hidden), x.dtype, device)
+    # As large as activations of k times the tokens: from torch's allocator, which hands them on to other layers.
+    units = x.new_empty(num_tokens * top_k, num_units)
+    terms = x.new_empty(num_tokens * top_k, hidden)
     _multiply_gate_up(units, x, gate_up, pairs, top_k, activation)
     _multiply_down(terms, units, down, weights, pairs)
     block_h = min(_SUM_BLOCK, next_power_of_2(hidden))

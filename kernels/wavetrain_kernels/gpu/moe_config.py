@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wavetrain_kernels.gpu.launch import cdiv, next_power_of_2
+from wavetrain_kernels.gpu.launch import cdiv, device_traits, next_power_of_2
 from wavetrain_kernels.gpu.tuning import tuned
 
 # P = pairs of a token and one of its experts, E = experts.
@@ -26,6 +26,10 @@ class ProductConfig:
     group_m: int
     num_warps: int
     num_stages: int
+
+
+# The first product of many rows where there are no warp-group instructions.
+BEFORE_HOPPER = ProductConfig(block_n=64, block_k=64, group_m=8, num_warps=8, num_stages=3)
 
 
 def rows_per_tile(num_pairs: int, num_experts: int, device: torch.device | None = None) -> int:
@@ -53,6 +57,9 @@ def gate_up_config(block_m: int, hidden: int, units: int, device: torch.device |
         return ProductConfig(block_n=32, block_k=128, group_m=1, num_warps=4, num_stages=4)
     if block_m == 64:
         return ProductConfig(block_n=64, block_k=64, group_m=1, num_warps=4, num_stages=4)
+    if device is not None and device_traits(device).capability < (9, 0):
+        # Operands pass through registers there: the sums of two tiles of 128 columns would not fit beside them.
+        return BEFORE_HOPPER
     return ProductConfig(block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3)
 
 
