@@ -24,6 +24,7 @@ from typing import Any
 from gpu import machine
 
 _TUNED = machine.ROOT / "kernels" / "wavetrain_kernels" / "tuned"
+_FAMILIES = ("attention", "layer", "moe", "lora")
 _CUT_OFF = 3
 
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from gpu.setting import Setting
-    from gpu.tuner import SPACES, Listener, Tuner
+    from gpu.tuner import Listener, Tuner
     from wavetrain_kernels.gpu.tuning import file_name
 
     setting = Setting.make(is_dry_run=args.dry_run)
@@ -49,9 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         deadline=started + args.time_limit_s,
         listener=Listener({}),
     )
-    wanted = args.only.split(",") if args.only else list(SPACES)
     with torch.inference_mode():
-        for family in wanted:
+        for family in args.only.split(","):
             if tuner.is_cut_off:
                 break
             tuner.tune(family, list(_contests(family, setting)))
@@ -72,7 +72,7 @@ def _contests(family: str, setting: Any) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_families, default="", help="attention, layer, moe, lora; comma-separated")
+    parser.add_argument("--only", type=_families, default=",".join(_FAMILIES), help="comma-separated (%(default)s)")
     parser.add_argument("--out", type=Path, help="the file to write, and to go on with")
     parser.add_argument("--time-limit-s", type=float, default=540, help="for everything (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, interpreted, in tiny sizes")
@@ -80,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _families(text: str) -> str:
-    unknown = [family for family in text.split(",") if family not in ("attention", "layer", "moe", "lora")]
+    unknown = [family for family in text.split(",") if family not in _FAMILIES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: attention, layer, moe, lora")
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(_FAMILIES)}")
     return text
 
 

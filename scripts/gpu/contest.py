@@ -30,6 +30,7 @@ class Contest:
         tolerance: largest error that is right.
         peers: by name, what makes their calls; it raises where a peer cannot be had or cannot do this.
         bar: quotient that we promise, and of what: `limit`, or the name of a peer.
+        reset: puts what a call changes in place back to how the first call found it.
     """
 
     group: str
@@ -41,13 +42,19 @@ class Contest:
     tolerance: float
     peers: dict[str, Callable[[], Calls]] = field(default_factory=dict[str, Callable[[], Calls]])
     bar: tuple[str, float] | None = None
+    reset: Callable[[], object] = lambda: None
+
+    def check(self, calls: Calls) -> float:
+        """Returns the error of the first of somebody's calls, on the inputs as they were at first."""
+        self.reset()
+        return self.error(calls[0]())
 
 
 def run_contest(contest: Contest, timer: Timer, limits: Limits, num_rounds: int) -> dict[str, Any]:
     """Returns the record of a contest. Ours that is wrong is not timed; a peer that fails is named with its reason."""
     record: dict[str, Any] = {"group": contest.group, "case": contest.case}
     record |= {"bytes": contest.num_bytes, "flops": contest.num_flops}
-    error = contest.error(contest.ours[0]())
+    error = contest.check(contest.ours)
     record["error"] = significant(error)
     if not error <= contest.tolerance:
         return record | {"failed": f"wrong result: relative error {error:.3g}, at most {contest.tolerance:g} is right"}
@@ -69,7 +76,7 @@ def _ready_peer(contest: Contest, make: Callable[[], Calls], timer: Timer) -> Ca
     """Returns what measures a peer, or why it cannot be measured."""
     try:
         calls = make()
-        error = contest.error(calls[0]())
+        error = contest.check(calls)
         if not error <= 2 * contest.tolerance:
             return f"relative error {error:.3g}"
         return timer.make(calls)

@@ -251,26 +251,19 @@ def _lora(
     num_bytes = (weights + num_tokens * (in_features + 2 * sum(sizes))) * dtype.itemsize
     sets = _sets(make, num_bytes, device)
     expected = sets[0].delta()
-
-    def error(out: Tensor) -> float:
-        found = out.clone()
-        out.zero_()  # the next contestant adds to it
-        return relative_error(found, expected)
-
     return Contest(
         group="lora shrink + expand",
         case=f"{num_tokens} tokens, {num_slots} adapters of rank {rank}",
         num_bytes=num_bytes,
         num_flops=2 * num_tokens * rank * (len(sizes) * in_features + sum(sizes)),
         ours=[one.ours for one in sets],
-        error=error,
+        error=lambda out: relative_error(out, expected),
         tolerance=_TOLERANCE,
         peers={"torch, adapter by adapter": lambda: _torch_calls(sets)},
+        reset=sets[0].out.zero_,
     )
 
 
 def _torch_calls(sets: Sequence[_Adapted]) -> Calls:
     groups = sets[0].groups()  # the same in every set
-    for one in sets:
-        one.out.zero_()
     return [partial(one.by_torch, groups) for one in sets]
