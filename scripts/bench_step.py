@@ -193,15 +193,14 @@ class Bench:
             )
 
 
-class PlanFollower:
-    """The worker's side: an input batch alone, and two runners; all are told of every step."""
+class HostFollower:
+    """The worker's side on a CPU: an input batch alone and one in a runner; both are told of every step."""
 
     def __init__(self, bench: Bench) -> None:
         self._batch = bench.make_batch()
         self._runner = bench.make_runner()
-        self._device_runner = bench.make_device_runner()
 
-    def follow(self, plan: StepPlan, times: Times) -> None:
+    def follow(self, plan: StepPlan, times: Times) -> StepResult:
         """Applies a plan and notes what it took."""
         for request in plan.admitted:
             self._batch.add(request)
@@ -213,22 +212,30 @@ class PlanFollower:
         start = time.perf_counter_ns()
         result = self._runner.execute(plan)
         times["worker"].append(time.perf_counter_ns() - start)
+        return result
+
+
+class DeviceFollower:
+    """The worker's side on a GPU."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._runner = bench.make_device_runner()
+
+    def follow(self, plan: StepPlan, times: Times) -> StepResult:
+        """Applies a plan and notes what it took."""
         start = time.perf_counter_ns()
-        pending = self._device_runner.launch(plan)
+        pending = self._runner.launch(plan)
         times["launch"].append(time.perf_counter_ns() - start)
         start = time.perf_counter_ns()
-        device_result = pending.result()
+        result = pending.result()
         times["collect"].append(time.perf_counter_ns() - start)
-        sampled_token_ids = result.sampled_token_ids + device_result.sampled_token_ids
-        if any(sampled not in ([TOKEN_ID], []) for sampled in sampled_token_ids):
-            raise SystemExit("the null model's token did not come out of the worker")
+        return result
 
 
-def measure(bench: Bench) -> Times:
+def measure(bench: Bench, follower: HostFollower | DeviceFollower) -> Times:
     """Runs the steps; the times are those in which every request decodes."""
     executor = NullExecutor()
     core = bench.make_core(executor)
-    follower = PlanFollower(bench)
     bench.add_requests(core)
     times: Times = defaultdict(list)
     warm_up = 0
@@ -238,7 +245,9 @@ def measure(bench: Bench) -> Times:
         end = time.perf_counter_ns()
         if executor.plan is None:
             raise SystemExit("the core planned no step")
-        follower.follow(executor.plan, times)
+        result = follower.follow(executor.plan, times)
+        if any(sampled not in ([TOKEN_ID], []) for sampled in result.sampled_token_ids):
+            raise SystemExit("the null model's token did not come out of the worker")
         warm_up += len(updates) == bench.num_requests
         if warm_up <= BLOCK_SIZE:
             times.clear()
@@ -265,7 +274,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="steps that count (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    times = measure(Bench(args.requests, args.prompt_len, args.steps))
+    bench = Bench(args.requests, args.prompt_len, args.steps)
+    times = measure(bench, HostFollower(bench))
+    beside_a_gpu = measure(bench, DeviceFollower(bench))
+    times |= {part: beside_a_gpu[part] for part in ("launch", "collect")}
     where = where_measured()
     for part in ("step", "schedule", "update", "encode", "inputs", "worker", "launch", "collect"):
         micros = [value / 1000 for value in times[part]]
