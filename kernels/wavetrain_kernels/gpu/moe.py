@@ -11,14 +11,16 @@ table replaces.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavetrain_kernels.gpu.activation import activated
 from wavetrain_kernels.gpu.aot_case import AotCase
 from wavetrain_kernels.gpu.launch import TRITON_TYPES, cdiv, fall_back, launch, next_power_of_2
-from wavetrain_kernels.gpu.moe_config import ProductConfig, down_config, gate_up_config
+from wavetrain_kernels.gpu.moe_config import BEFORE_HOPPER, ProductConfig, down_config, gate_up_config
 from wavetrain_kernels.gpu.moe_routing import SortedPairs, sort_pairs
 from wavetrain_kernels.reference import moe as reference
 
@@ -89,14 +91,10 @@ def _gate_up_kernel(
             ups = tl.load(up_ptrs + start, mask=is_there[:, None], other=0.0)
         gate = tl.dot(x, gates, gate, input_precision="ieee")
         up = tl.dot(x, ups, up, input_precision="ieee")
-    # Rounded where the reference rounds.
-    dtype = units_ptr.dtype.element_ty
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-    # gelu's tanh approximation, 0.5 x (1 + tanh(z)), is a sigmoid too: 1 + tanh(z) = 2 sigmoid(2 z)
-    active = gate * tl.sigmoid(gate if IS_SILU else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    units = active.to(dtype).to(tl.float32) * up
+    dtype = units_ptr.dtype.element_ty  # rounded where the reference rounds
+    units = activated(gate.to(dtype), up.to(dtype), IS_SILU)
     unit_ptrs = units_ptr + rows.to(tl.int64)[:, None] * UNITS + columns[None, :]
-    tl.store(unit_ptrs, units.to(dtype), mask=(rows < end)[:, None] & (columns < UNITS)[None, :])
+    tl.store(unit_ptrs, units, mask=(rows < end)[:, None] & (columns < UNITS)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -272,7 +270,12 @@ def aot_cases() -> Iterator[AotCase]:
     """Both products for every number of rows of a tile, and the sums."""
     for name, (hidden, num_units, top_k) in _AOT_SHAPES.items():
         for dtype, block_m in (("bf16", 16), ("bf16", 32), ("bf16", 64), ("bf16", 128), ("fp16", 16), ("fp16", 128)):
-            yield from _product_cases(f"{name}/{dtype}/m{block_m}", f"*{dtype}", block_m, hidden, num_units, top_k)
+            configs = gate_up_config(block_m, hidden, num_units), down_config(block_m, hidden, num_units)
+            kind = f"{name}/{dtype}/m{block_m}"
+            yield from _product_cases(kind, f"*{dtype}", block_m, hidden, num_units, top_k, *configs)
+            if block_m == 128:
+                others = _product_cases(kind, f"*{dtype}", block_m, hidden, num_units, top_k, BEFORE_HOPPER, configs[1])
+                yield replace(next(others), name=f"moe_gate_up/{kind}/before_hopper")
         yield AotCase(
             f"moe_sum/{name}",
             _sum_terms_kernel,
@@ -284,9 +287,17 @@ def aot_cases() -> Iterator[AotCase]:
         )
 
 
-def _product_cases(name: str, pointer: str, block_m: int, hidden: int, num_units: int, top_k: int) -> Iterator[AotCase]:
+def _product_cases(
+    name: str,
+    pointer: str,
+    block_m: int,
+    hidden: int,
+    num_units: int,
+    top_k: int,
+    gate_up: ProductConfig,
+    down: ProductConfig,
+) -> Iterator[AotCase]:
     indices = {"sorted_ptr": "*i32", "tiles_ptr": "*i32", "num_tiles": "i32"}
-    gate_up, down = gate_up_config(block_m, hidden, num_units), down_config(block_m, hidden, num_units)
     kinds = {"is_decode": block_m <= 32, "expects_wgmma": block_m >= 64}
     stride = "i32:16" if hidden % 16 == 0 else "i32"
     yield AotCase(

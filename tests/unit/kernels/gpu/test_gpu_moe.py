@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wavetrain_kernels.gpu import moe, moe_config, moe_routing
+from wavetrain_kernels.gpu import launch, moe, moe_config, moe_routing
 from wavetrain_kernels.gpu.workspace import workspace
 from wavetrain_kernels.reference import moe as reference
 
@@ -179,6 +181,13 @@ def test_other_types_go_to_the_reference(device, caplog):
     layer = Layer(5, 4, 2, 16, 16, torch.float64, device)
     assert torch.equal(layer.run(moe), layer.run(reference))
     assert "fused_moe: no GPU kernel for torch.float64" in caplog.text
+
+
+def test_older_gpus_get_smaller_tiles(monkeypatch, device):
+    assert moe_config.gate_up_config(128, 2048, 768).block_n == 128
+    traits = replace(launch.H200, capability=(8, 0))
+    monkeypatch.setattr(moe_config, "device_traits", lambda _device: traits)
+    assert moe_config.gate_up_config(128, 2048, 768, device) == moe_config.BEFORE_HOPPER
 
 
 def test_measured_configurations_take_the_place_of_the_heuristics(monkeypatch):
