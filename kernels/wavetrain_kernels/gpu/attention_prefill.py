@@ -50,7 +50,7 @@ def _find_tile(query_start_ptr, tile, num_rows, TILE_TOKENS: tl.constexpr, MIN_Q
     row = 0
     first_tile = 0
     num_before = 0
-    for begin in tl.range(0, num_rows, BLOCK_B, num_stages=1):
+    for begin in range(0, num_rows, BLOCK_B):
         rows = begin + tl.arange(0, BLOCK_B)
         starts = tl.load(query_start_ptr + rows, mask=rows < num_rows, other=0)
         stops = tl.load(query_start_ptr + rows + 1, mask=rows < num_rows, other=0)
@@ -132,12 +132,12 @@ def _prefill_kernel(
     TILE_TOKENS: tl.constexpr = BLOCK_M // PACK
     HEAD_TILES: tl.constexpr = NUM_HEADS // PACK
     BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    DTYPE: tl.constexpr = query_ptr.dtype.element_ty
-    BITS: tl.constexpr = tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32
+    DTYPE: tl.constexpr = query_ptr.dtype.element_ty  # pyright: ignore[reportAssignmentType]
+    BITS: tl.constexpr = tl.int16 if query_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32  # pyright: ignore
 
-    row, tile = _find_tile(
-        query_start_ptr, tl.program_id(0) // HEAD_TILES, num_rows, TILE_TOKENS, MIN_QUERY_LEN, BLOCK_B
-    )
+    number = tl.program_id(0) // HEAD_TILES
+    # pyright takes the call of a kernel's part for one of the kernel, which has no result.
+    row, tile = _find_tile(query_start_ptr, number, num_rows, TILE_TOKENS, MIN_QUERY_LEN, BLOCK_B)  # pyright: ignore
     if row >= num_rows:
         return
     first_head = (tl.program_id(0) % HEAD_TILES) * PACK
@@ -186,7 +186,7 @@ def _prefill_kernel(
     # own. Carried as the operands themselves, the next ones would be written over them while they are read.
     weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     tl.assume(first_begin < end)  # else the zeros of no iteration would be merged with sums that are being written
-    for tile_begin in tl.range(first_begin, end, BLOCK_N):
+    for tile_begin in range(first_begin, end, BLOCK_N):
         positions = tile_begin + lane
         is_wanted = positions < end
         is_last_wanted = positions >= first_begin + BLOCK_N  # there is no tile before the first

@@ -117,7 +117,7 @@ def _pack(group: int, block_m: int) -> int:
 
 
 def _fitted(config: PrefillConfig, shape: PrefillShape, device: DeviceTraits) -> PrefillConfig:
-    """Halves what takes shared memory until the device has it: stages first, then keys, then rows."""
+    """Lessens what takes shared memory until the device has it: the third stage, then keys, rows, the second stage."""
     while shared_bytes(config, shape) > device.shared_bytes:
         if config.num_stages > 2:
             config = dataclasses.replace(config, num_stages=config.num_stages - 1)
@@ -126,8 +126,10 @@ def _fitted(config: PrefillConfig, shape: PrefillShape, device: DeviceTraits) ->
         elif config.block_m > 16:
             block_m = config.block_m // 2
             config = dataclasses.replace(config, block_m=block_m, pack=_pack(shape.group, block_m), num_warps=4)
+        elif config.num_stages > 1:
+            config = dataclasses.replace(config, num_stages=1)
         else:
-            break
+            break  # the compiler says by how much
     return config
 
 
