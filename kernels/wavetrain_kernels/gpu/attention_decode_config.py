@@ -30,10 +30,11 @@ _MIN_STAGES, _MAX_STAGES = 3, 4
 # What the driver keeps of shared memory for each block, and what a program has besides its keys and values.
 _RESERVED_BYTES = KIB
 _OTHER_SHARED_BYTES = 6 * KIB
-# Elements that a program merges at a time: 64 registers in each of 128 threads.
-_MERGE_ELEMENTS = 8192
+# Elements that a program merges at a time: 32 and 64 registers in each of 128 threads. More of them in the kernel that
+# does all else too, and the assembler spills registers, to be rid of some, on some architectures.
+_MERGE_ELEMENTS_INSIDE, _MERGE_ELEMENTS = 4096, 8192
 # Parts and rows up to which the last program of a row merges it, rather than a kernel of its own.
-_MAX_PARTS_INSIDE = 64
+_MAX_PARTS_INSIDE = 72
 _MAX_ROWS_INSIDE = 16
 
 
@@ -112,7 +113,7 @@ def decode_config(shape: DecodeShape, device: DeviceTraits, tuned: Mapping[str, 
         tile_n //= 2
     tile_n = measured.get("tile_n", tile_n)
     merges = num_programs <= _MAX_PARTS_INSIDE and block_m <= _MAX_ROWS_INSIDE
-    merge_m = 4 if merges else 1
+    merge_m, merge_elements = (4, _MERGE_ELEMENTS_INSIDE) if merges else (1, _MERGE_ELEMENTS)
     config = DecodeConfig(
         num_programs=num_programs,
         block_m=block_m,
@@ -122,7 +123,7 @@ def decode_config(shape: DecodeShape, device: DeviceTraits, tuned: Mapping[str, 
         min_tiles=2,
         merges=merges,
         merge_m=merge_m,
-        merge_p=max(1, min(_MERGE_ELEMENTS // (merge_m * block_d), next_power_of_2(num_programs))),
+        merge_p=max(1, merge_elements // (merge_m * block_d)),
         num_warps=num_warps,
         num_stages=stages_of(tile_n),
     )
