@@ -17,7 +17,7 @@ from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ARCHITECTURES, ModelConfig
 from wavetrain_engine.models.registry import MODEL_CLASSES, create_model, resolve_dtype
 from wavetrain_engine.weights.loader import load_weights
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels.ops import AttentionMetadata, dispatch
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 24
@@ -94,6 +94,18 @@ def test_logits_equal_transformers_over_chunks(checkpoints: TinyCheckpoints, fam
     directory, ids = checkpoints.get(family), random_ids(100)
     # A chunk that ends within a block, a single token, and one that crosses blocks and windows.
     logits = chunked_logits(load(directory), ids, (37, 1, 62))
+    torch.testing.assert_close(logits, reference_logits(directory, ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="scripts/gpu_check compares tokens on the device")
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # the interpreter's sigmoid of -100
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # its loops' bounds
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "mixtral", "qwen3-moe"])
+def test_the_gpus_kernels_make_a_model(checkpoints: TinyCheckpoints, family: str, monkeypatch) -> None:
+    gpu = pytest.importorskip("wavetrain_kernels.gpu.kernels", reason="needs triton, to interpret the kernels")
+    monkeypatch.setattr(dispatch, "_CHOSEN", {"cpu": gpu.GPU})
+    directory, ids = checkpoints.get(family), random_ids(21)
+    logits = chunked_logits(load(directory), ids, (18, 1, 2))
     torch.testing.assert_close(logits, reference_logits(directory, ids), atol=1e-4, rtol=0)
 
 
