@@ -67,7 +67,10 @@ def device_memory_needed(purpose: str, remedy: str) -> Generator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # A capture that is cut short raises an error of its own on top.
+        if not isinstance(error, torch.OutOfMemoryError) and not isinstance(error.__context__, torch.OutOfMemoryError):
+            raise
         raise ConfigError(f"the GPU's memory is too small for {purpose}; {remedy}") from error
 
 

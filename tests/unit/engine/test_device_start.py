@@ -147,6 +147,18 @@ class TestOutOfMemory:
         with pytest.raises(ConfigError, match="too small for CUDA graphs; lower --gpu-memory-utilization, or set --en"):
             RealCore(checkpoint)
 
+    def test_in_the_midst_of_a_capture(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def cut_short(_run: Callable[[], None]) -> Any:
+            try:
+                out_of_memory()
+            finally:
+                raise RuntimeError("the capture was invalidated")
+
+        device_on_cpu(monkeypatch, with_graphs=False)
+        monkeypatch.setattr(device_start, "_recorder", lambda _config, _facts: cut_short)
+        with pytest.raises(ConfigError, match="too small for CUDA graphs"):
+            RealCore(checkpoint)
+
     def test_a_step_while_serving(
         self, checkpoint: Path, recorder: FakeRecorder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
