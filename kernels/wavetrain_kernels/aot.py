@@ -80,7 +80,7 @@ def compile_case(case: AotCase, arch: str) -> Compiled:
     """Compiles one case and looks for what may be wrong with the result. Raises nothing: what fails is a problem."""
     start = time.perf_counter()
     try:
-        options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+        options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
         kernel: Any = triton.compile(_source(case), target=target, options=options)
         registers, spill_bytes = _resources(kernel.asm["cubin"])
@@ -153,9 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     if knobs.runtime.interpret:
         sys.stderr.write("TRITON_INTERPRET is set: interpreted kernels cannot be compiled\n")
         return 2
-    names = [name for name in all_cases() if options.only in name]
+    names = [name for name in all_cases() if any(text in name for text in options.only)]
     if not names:
-        sys.stderr.write(f"no case has {options.only!r} in its name\n")
+        sys.stderr.write(f"no case has {' or '.join(options.only)} in its name\n")
         return 2
     start = time.perf_counter()
     jobs = [(name, arch) for name in names for arch in options.arch]
@@ -195,10 +195,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wavetrain_kernels.aot", description="Compiles every GPU kernel.")
     parser.add_argument("--arch", type=_archs, default=list(SHARED_LIMITS), help=",".join(SHARED_LIMITS))
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this text in their names")
+    parser.add_argument(
+        "--only", type=_texts, default=[""], metavar="TEXT,...", help="cases with one of these in their names"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--cache-dir", type=Path, help="keeps what is compiled here (default: nowhere)")
     return parser
+
+
+def _texts(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _archs(text: str) -> list[str]:
