@@ -22,6 +22,7 @@ Exit status: 0; 1 where something that should run failed; a missed bar is told, 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.worker is not None:
         from gpu.bench_worker import run_worker
 
-        run_worker(args.worker, parts, shape, args.results, args.started_at, is_dry_run=args.dry_run)
+        flags = dict(args.engine_flag)
+        run_worker(args.worker, parts, shape, args.results, args.started_at, flags, is_dry_run=args.dry_run)
         return 0
     machine.prepare(is_dry_run=False)
     results = _measure(args, parts, shape)
@@ -93,6 +95,7 @@ def _measure(args: argparse.Namespace, parts: list[str], shape: str) -> dict[str
 
     deadline = time.monotonic() + args.time_limit_s
     results: dict[str, Any] = {"where": machine.where_measured(), "shape": shape, "parts": {}, "dry_run": args.dry_run}
+    results["engine_flags"] = dict(args.engine_flag)
     with tempfile.TemporaryDirectory() as folder:
         ours = _run(args, "wavetrain", parts, shape, Path(folder) / "ours", deadline)
         results["parts"] = ours
@@ -120,6 +123,8 @@ def _run(
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", engine, "--parts", ",".join(parts)]
     command += ["--shape", shape, "--results", str(file), "--started-at", str(time.time())]
     command += ["--dry-run"] if args.dry_run else []
+    for name, value in args.engine_flag:
+        command += ["--engine-flag", f"{name}={json.dumps(value)}"]
     print(f"{engine}: {', '.join(parts)}", flush=True)
     started = time.monotonic()
     try:
@@ -165,8 +170,6 @@ def _finish(results: dict[str, Any], out: Path | None) -> int:
 
 
 def _write_tables(path: Path) -> int:
-    import json
-
     from gpu.report import PAGE, engine_tables, write_section
 
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -182,6 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--parts", type=_parts, default=",".join(_PARTS), help="comma-separated (%(default)s)")
     parser.add_argument("--shape", choices=("llama-3.1-8b", "0.5b", "tiny"), help="default: llama-3.1-8b")
+    parser.add_argument(
+        "--engine-flag",
+        type=_flag,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of our engine, its value as JSON: max_num_batched_tokens=8192",
+    )
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="leave transformers out")
     parser.add_argument("--time-limit-s", type=float, default=_TIME_LIMIT_S, help="for everything (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU with a tiny model")
@@ -190,6 +201,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--started-at", type=float, help=argparse.SUPPRESS)
     return parser
+
+
+def _flag(text: str) -> tuple[str, Any]:
+    name, is_flag, value = text.partition("=")
+    if not is_flag:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _parts(text: str) -> str:

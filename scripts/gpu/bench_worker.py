@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from gpu import machine
 
 
 def run_worker(
-    engine: str, parts: Sequence[str], shape: str, results: Path, started_at: float, *, is_dry_run: bool
+    engine: str,
+    parts: Sequence[str],
+    shape: str,
+    results: Path,
+    started_at: float,
+    flags: Mapping[str, Any],
+    *,
+    is_dry_run: bool,
 ) -> None:
     """Measures the parts of one engine and appends {part: result} lines to a file."""
     machine.prepare(is_dry_run=False)  # the engine in a dry run is the CPU's, nothing is interpreted
@@ -36,11 +43,18 @@ def run_worker(
         dtype = torch.float32 if is_dry_run else torch.bfloat16
         _note(results, "throughput", lambda: measure_peer(model_dir, plan, device, dtype))
         return
-    _run_ours(parts, shape, model_dir, results, started_at, is_dry_run=is_dry_run)
+    _run_ours(parts, shape, model_dir, results, started_at, flags, is_dry_run=is_dry_run)
 
 
 def _run_ours(
-    parts: Sequence[str], shape: str, model_dir: Path, results: Path, started_at: float, *, is_dry_run: bool
+    parts: Sequence[str],
+    shape: str,
+    model_dir: Path,
+    results: Path,
+    started_at: float,
+    asked: Mapping[str, Any],
+    *,
+    is_dry_run: bool,
 ) -> None:
     from gpu.engine import Engine
     from gpu.engine_parts import DRY, FULL, measure_idle, measure_replays, measure_start, measure_steps
@@ -51,6 +65,7 @@ def _run_ours(
     flags |= {"max_num_seqs": plan.requests, "device": "cpu" if is_dry_run else "cuda"}
     if is_dry_run:
         flags |= {"dtype": "float32", "num_blocks": 64}
+    flags |= asked
     with Engine(model_dir, **flags) as engine:
         _note(results, "start", lambda: measure_start(engine, started_at))
         _note(results, "facts", lambda: _facts(engine))

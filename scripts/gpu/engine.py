@@ -41,6 +41,11 @@ class Timeline:
         """Between tokens."""
         return [after - before for before, after in itertools.pairwise(self.token_times_s)]
 
+    def gaps_since(self, moment_s: float) -> list[float]:
+        """Between tokens that came after a moment of `time.perf_counter`."""
+        times = [token_s for token_s in self.token_times_s if token_s >= moment_s]
+        return [after - before for before, after in itertools.pairwise(times)]
+
     @property
     def first_token_s(self) -> float:
         """From submission to the first token."""

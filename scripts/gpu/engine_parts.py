@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gpu.engine import Engine
+from gpu.engine import Batch, Engine
 from gpu.limits import Limits
 from gpu.rounds import Line, Spread, busy_time, significant, turns
 from gpu.shapes import kv_bytes_per_token, weight_bytes_read
@@ -99,11 +99,12 @@ def measure_steps(engine: Engine, plan: Plan, shape: str, limits: Limits) -> dic
 
 def measure_idle(engine: Engine, plan: Plan) -> dict[str, Any]:
     """Watches the device while requests decode: the share of the time in which no kernel runs."""
-    num_tokens = engine.facts.max_model_len - plan.idle_prompt_len - 1
+    num_tokens = _many(engine, plan)
     with _profiler():  # the first start of the tracer takes seconds
         pass
     batch = engine.start(engine.prompts(plan.idle_requests, plan.idle_prompt_len), num_tokens)
     batch.wait_for_tokens(4)
+    steady_s = time.perf_counter()
     with _profiler() as profiler:
         time.sleep(plan.idle_s)
     batch.cancel()
@@ -111,11 +112,10 @@ def measure_idle(engine: Engine, plan: Plan) -> dict[str, Any]:
     if len(intervals) < 2:
         return {"idle_share": None, "num_device_events": len(intervals)}
     first, last = min(start for start, _ in intervals), max(end for _, end in intervals)
-    gaps = statistics.median(gap for timeline in batch.timelines for gap in timeline.gaps_s[2:])
     return {
         "idle_share": significant(1 - busy_time(intervals) / (last - first)),
         "num_device_events": len(intervals),
-        "gap_ms_while_watched": significant(gaps * 1e3),
+        "gap_ms_while_watched": significant(_steady_gap_s(batch, steady_s) * 1e3),
     }
 
 
@@ -138,10 +138,10 @@ def measure_replays(engine: Engine, plan: Plan) -> dict[str, Any]:
     for num_requests in plan.replay_batches:
         batch = engine.start(engine.prompts(num_requests, plan.idle_prompt_len), _many(engine, plan))
         batch.wait_for_tokens(4)
+        steady_s = time.perf_counter()  # until now prompts were computed between the tokens
         time.sleep(plan.idle_s)
         batch.cancel()  # all in one step, so that the graph's inputs are those of a full batch
-        gaps = [statistics.median(timeline.gaps_s[2:]) for timeline in batch.timelines if len(timeline.gaps_s) > 2]
-        step_s = statistics.median(gaps)
+        step_s = _steady_gap_s(batch, steady_s)
         record: dict[str, Any] = {"step_ms": significant(step_s * 1e3)}
         if engine.graphs is not None:
             replay_s = Spread.of(_replay_s(engine.graphs, num_requests) for _ in range(plan.rounds))
@@ -149,6 +149,11 @@ def measure_replays(engine: Engine, plan: Plan) -> dict[str, Any]:
             record["engine_of_replay"] = significant(replay_s.median / step_s)
         found[str(num_requests)] = record
     return found
+
+
+def _steady_gap_s(batch: Batch, since_s: float) -> float:
+    """Returns the usual time between tokens after a moment."""
+    return statistics.median(gap for timeline in batch.timelines for gap in timeline.gaps_since(since_s))
 
 
 def _many(engine: Engine, plan: Plan) -> int:

@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "preempted": {"num_blocks": 24, "max_model_len": 160},
     "one step at a time": {"async_scheduling": False},
 }
+# Few graphs to capture and little memory to fill, as many engines are started.
+_SMALL = {"max_num_seqs": 16, "num_blocks": 512}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def _family_checks(name: str, family: str, dtype: str, folder: Path, device: tor
     tokens: dict[str, list[list[int]]] = {}
     settings = SETTINGS if family in ("llama", "gemma2") else {"default": {}}
     for setting, flags in settings.items():
-        found, compiled = _run(folder, prompts, {"device": device.type, **flags})
+        found, compiled = _run(folder, prompts, {**_SMALL, "device": device.type, **flags})
         tokens[setting] = found
         if compiled:
             yield Check(f"{name}, {setting}: no compilation", is_right=False, detail=", ".join(compiled)[:200])

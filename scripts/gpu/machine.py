@@ -60,7 +60,7 @@ def where_measured() -> dict[str, object]:
         "device": "cpu, interpreted: a dry run",
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _commit(),
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if torch.cuda.is_available():
@@ -71,6 +71,12 @@ def where_measured() -> dict[str, object]:
         facts["num_sms"] = found.multi_processor_count
         facts["memory_gib"] = round(found.total_memory / 2**30, 1)
     return facts
+
+
+def _commit() -> str:
+    """Returns the commit, with a plus where files differ; a tree may have been sent without its history."""
+    found = _git("rev-parse", "--short", "HEAD")
+    return found + ("+" if _git("status", "--porcelain", "-uno") else "") if found else "unknown"
 
 
 def _version(package: str) -> str | None:

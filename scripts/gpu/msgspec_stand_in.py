@@ -36,7 +36,8 @@ class Struct:
         for name, default in list(vars(cls).items()):
             if not name.startswith("__") and isinstance(default, list | dict | set):
                 setattr(cls, name, dataclasses.field(default_factory=default.copy))
-        dataclasses.dataclass(frozen=frozen, kw_only=kw_only)(cls)
+        # Not frozen: such a dataclass takes several times as long to make, and a step makes one for each request.
+        dataclasses.dataclass(unsafe_hash=frozen, kw_only=kw_only)(cls)
         cls.__struct_fields__ = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore
 
 

@@ -36,7 +36,7 @@ def test_rounds_go_there_and_back() -> None:
 
 def test_quotients_are_taken_round_by_round() -> None:
     assert rounds.ratio([1.0, 2.0, 6.0], [1.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         rounds.ratio([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="no rounds"):
         Spread.of([])
@@ -250,8 +250,7 @@ def test_structs_of_the_stand_in_are_as_the_engine_uses_them() -> None:
     assert msgspec_stand_in.replace(point, x=2) == Point(x=2, tags=["mine"])
     assert msgspec_stand_in.asdict(point) == {"x": 1, "tags": ["mine"]}
     assert msgspec_stand_in.convert({"x": 3}, Point) == Point(x=3)
-    with pytest.raises(AttributeError):
-        point.x = 5  # pyright: ignore
+    assert hash(msgspec_stand_in.convert({"x": 3, "tags": ()}, Point)) == hash(Point(x=3, tags=()))  # pyright: ignore
     assert msgspec_stand_in.install_where_missing() is False  # it is installed here
 
 
