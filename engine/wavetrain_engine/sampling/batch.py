@@ -19,22 +19,21 @@ class RandomRows:
 
     Attributes:
         temperature: [N] float32.
-        top_k: [N] int64, 0 = off; None where no row filters by it. Likewise top_p and min_p, [N] float32.
+        top_k: [N] int64, 0 = off.
+        top_p, min_p: [N] float32, 1 and 0 = off.
+        has_filters: some row excludes tokens before the draw; all three are given then, so that kernels need no
+            variant for each selection of them.
         seeds: [N] int64.
         positions: [N] int64, index in its sequence of the token that is drawn.
     """
 
     temperature: Tensor
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    has_filters: bool
     seeds: Tensor
     positions: Tensor
-
-    @property
-    def has_filters(self) -> bool:
-        """True where some row excludes tokens before the draw."""
-        return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

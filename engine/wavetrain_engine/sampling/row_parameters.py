@@ -29,14 +29,12 @@ class RandomArrays:
     Attributes:
         floats: [3, N] float32: temperature (0 takes the likeliest token), top_p, min_p.
         ints: [2, N] int64: seed, top_k.
-        has_top_k, has_top_p, has_min_p: some row filters by it.
+        has_filters: some row excludes tokens.
     """
 
     floats: NDArray[np.float32]
     ints: NDArray[np.int64]
-    has_top_k: bool
-    has_top_p: bool
-    has_min_p: bool
+    has_filters: bool
 
 
 class RowParameters:
@@ -70,13 +68,8 @@ class RowParameters:
         if not floats[_TEMPERATURE].any():
             return None
         top_k = ints[_TOP_K]
-        return RandomArrays(
-            floats=floats,
-            ints=ints,
-            has_top_k=bool(((top_k > 0) & (top_k < self._vocab_size)).any()),
-            has_top_p=bool((floats[_TOP_P] < 1.0).any()),
-            has_min_p=bool((floats[_MIN_P] > 0.0).any()),
-        )
+        filters = ((top_k > 0) & (top_k < self._vocab_size)) | (floats[_TOP_P] < 1.0) | (floats[_MIN_P] > 0.0)
+        return RandomArrays(floats, ints, bool(filters.any()))
 
     def penalties(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Returns which of the rows have penalties [P], and repetition, presence and frequency of these [3, P]."""

@@ -257,9 +257,10 @@ class SamplingState:
         floats, ints = upload(found.floats, self._device), upload(found.ints, self._device)
         return RandomRows(
             temperature=floats[0],
-            top_k=ints[1] if found.has_top_k else None,
-            top_p=floats[1] if found.has_top_p else None,
-            min_p=floats[2] if found.has_min_p else None,
+            top_k=ints[1],
+            top_p=floats[1],
+            min_p=floats[2],
+            has_filters=found.has_filters,
             seeds=ints[0],
             positions=ints[0],  # in their place until `batch` knows them
         )

@@ -11,7 +11,21 @@ import torch
 from triton import knobs
 
 from wavetrain_kernels.errors import UnsupportedDevice
-from wavetrain_kernels.gpu import attention, embedding, linear, lora, moe, moe_routing, norm, rotary
+from wavetrain_kernels.gpu import (
+    attention,
+    embedding,
+    filters,
+    greedy,
+    gumbel,
+    linear,
+    logprobs,
+    lora,
+    moe,
+    moe_routing,
+    norm,
+    penalties,
+    rotary,
+)
 from wavetrain_kernels.gpu.launch import count_compilations
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.reference.kernels import REFERENCE
@@ -34,6 +48,11 @@ GPU = dataclasses.replace(
     gated_linear=linear.gated_linear,
     route_experts=moe_routing.route_experts,
     fused_moe=moe.fused_moe,
+    apply_penalties=penalties.apply_penalties,
+    filter_thresholds=filters.filter_thresholds,
+    sample=gumbel.sample,
+    sample_greedy=greedy.sample_greedy,
+    top_logprobs=logprobs.top_logprobs,
     sort_by_adapter=lora.sort_by_adapter,
     num_lora_parts=lora.num_lora_parts,
     lora_shrink=lora.lora_shrink,

@@ -403,7 +403,7 @@ def test_rows_are_taken_and_freed():
 
 def test_none_for_what_no_row_asks():
     random = make_state(SamplingParams(seed=1), SamplingParams(seed=2, top_k=VOCAB_SIZE)).batch([0, 1]).random
-    assert (random.top_k, random.top_p, random.min_p, random.has_filters) == (None, None, None, False)
+    assert not random.has_filters
     assert random.seeds.tolist() == [1, 2]
     assert random.positions.tolist() == [3, 3]
     mixed = make_state(SamplingParams(**GREEDY), SamplingParams(seed=2, top_k=-1), SamplingParams(seed=3, top_k=4))
