@@ -20,7 +20,7 @@ class AotCase:
             launcher would specialise may be said behind a colon: `i32:16` is a multiple of 16. A pointer is aligned to
             16 bytes unless the kernel has it in `do_not_specialize` or `do_not_specialize_on_alignment`.
         constexprs: value of every other argument.
-        num_warps, num_stages: as at the launch.
+        num_warps, num_stages, maxnreg: as at the launch.
         is_decode: runs in every decode step, so it must not spill registers.
         expects_wgmma: on sm_90 its matrix products must be warp-group instructions.
     """
@@ -33,3 +33,4 @@ class AotCase:
     num_stages: int
     is_decode: bool = False
     expects_wgmma: bool = False
+    maxnreg: int | None = None

@@ -27,7 +27,13 @@ from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.gpu.aot_case import AotCase
-from wavetrain_kernels.gpu.attention_decode_config import MAX_DECODE_QUERY_LEN, DecodeConfig, DecodeShape, decode_config
+from wavetrain_kernels.gpu.attention_decode_config import (
+    MAX_DECODE_QUERY_LEN,
+    MAX_REGISTERS,
+    DecodeConfig,
+    DecodeShape,
+    decode_config,
+)
 from wavetrain_kernels.gpu.attention_merge import (
     LOWEST,
     MAX_QUERY_LEN,
@@ -297,6 +303,7 @@ def run(
         **_decode_constants(shape, config, key_cache.shape[2], soft_cap is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
     )
     if not config.merges:
         launch_merge(out, parts, part_lse, spans, metadata.query_start_loc, shape, config)
@@ -375,6 +382,7 @@ def _aot_cases(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         is_decode=True,
+        maxnreg=MAX_REGISTERS,
     )
     if not config.merges:
         yield merge_case(f"merge_attention/{name}", dtype, shape, config)

@@ -20,6 +20,10 @@ from wavetrain_kernels.gpu.launch import KIB, DeviceTraits, next_power_of_2
 # A row with more queries than this belongs to the prefill kernel.
 MAX_DECODE_QUERY_LEN = 8
 
+# As many as a thread can have, which fits two programs of four warps or one of eight. Not told so, the assembler spills
+# some to make room for a third program, which shared memory has no room for.
+MAX_REGISTERS = 255
+
 # Elements of a tile of keys: 16 KiB in 16 bits. Smaller ones pay the barriers of an iteration more often.
 _TILE_ELEMENTS = 8192
 _MIN_TILE_N, _MAX_TILE_N = 16, 128
@@ -30,8 +34,7 @@ _MIN_STAGES, _MAX_STAGES = 3, 4
 # What the driver keeps of shared memory for each block, and what a program has besides its keys and values.
 _RESERVED_BYTES = KIB
 _OTHER_SHARED_BYTES = 6 * KIB
-# Elements that a program merges at a time: 32 and 64 registers in each of 128 threads. More of them in the kernel that
-# does all else too, and the assembler spills registers, to be rid of some, on some architectures.
+# Elements that a program merges at a time: 32 and 64 registers in each of 128 threads.
 _MERGE_ELEMENTS_INSIDE, _MERGE_ELEMENTS = 4096, 8192
 # Parts and rows up to which the last program of a row merges it, rather than a kernel of its own.
 _MAX_PARTS_INSIDE = 72
