@@ -21,8 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
+from wavetrain_kernels import ops
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.gpu.kernels import GPU
+from wavetrain_kernels.ops import dispatch
 
 DTYPE = torch.bfloat16
 HIDDEN_SIZE, INTERMEDIATE_SIZE, VOCABULARY_SIZE = 96, 160, 300
@@ -36,6 +38,7 @@ _Seen = dict[str, dict[str, None]]
 
 def main() -> None:
     """Runs every scenario over every size."""
+    dispatch._CHOSEN["cpu"] = GPU
     found: dict[str, dict[str, list[str]]] = {}
     for name, scenario in SCENARIOS.items():
         seen: _Seen = defaultdict(dict)
@@ -157,6 +160,37 @@ def _attention(query_lens: list[int], seq_lens: list[int]) -> None:
     GPU.paged_attention(torch.empty_like(query), query, *CACHES, metadata, 0.1, None, None)
 
 
+def _logits(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of logits; an id and a parameter of each, slices of longer tensors."""
+    parameters = torch.ones(1024)[num_tokens : 2 * num_tokens]
+    return torch.zeros(num_tokens, VOCABULARY_SIZE), BUFFER[1 : num_tokens + 1], parameters
+
+
+def penalties(num_tokens: int) -> None:
+    logits, _, ones = _logits(num_tokens)
+    history = torch.zeros(num_tokens, 40, dtype=torch.int64)
+    ops.apply_penalties(logits, history, history.int(), ones, ones, ones)
+
+
+def greedy(num_tokens: int) -> None:
+    ops.sample_greedy(_logits(num_tokens)[0])
+
+
+def filters(num_tokens: int) -> None:
+    logits, top_k, ones = _logits(num_tokens)
+    ops.filter_thresholds(logits, ones, top_k=top_k, top_p=ones, min_p=ones)
+
+
+def draw(num_tokens: int) -> None:
+    logits, seeds, ones = _logits(num_tokens)
+    ops.sample(logits, seeds, BUFFER[num_tokens : 2 * num_tokens], ones, ones)
+
+
+def logprobs(num_tokens: int) -> None:
+    logits, token_ids, _ = _logits(num_tokens)
+    ops.top_logprobs(logits, token_ids, 5)
+
+
 SCENARIOS: dict[str, Callable[[int], None]] = {
     function.__name__: function
     for function in (
@@ -173,6 +207,11 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
         mixture_of_many,
         decode_attention,
         prefill_attention,
+        penalties,
+        greedy,
+        filters,
+        draw,
+        logprobs,
     )
 }
 
