@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the kernels of a mixture of experts are launched: by tokens per expert, or as it was measured."""
+"""How the kernels of a mixture of experts are launched: by tokens per expert, or as it was measured.
+
+Every border between two configurations is at a power of two of pairs. So from one border to the next numbers at least
+double, and warm-up, which doubles the tokens of its steps, meets every combination.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +39,14 @@ BEFORE_HOPPER = ProductConfig(block_n=64, block_k=64, group_m=8, num_warps=8, nu
 def rows_per_tile(num_pairs: int, num_experts: int, device: torch.device | None = None) -> int:
     """Returns BLOCK_M of both products: a usual expert's rows shall fit into one tile, and not fill it with nothing.
 
-    Tuned under `moe_rows`, by experts and pairs per expert, the latter rounded up to a power of two.
+    Tuned under `moe_rows`, by experts and pairs per expert, both rounded up to powers of two.
     """
+    num_experts = next_power_of_2(num_experts)
     pairs_per_expert = cdiv(num_pairs, num_experts)
     found = tuned("moe_rows", (num_experts, next_power_of_2(pairs_per_expert)), device)
     if found is not None:
         return found["block_m"]
-    for block_m, most in ((16, 8), (32, 16), (64, 48)):
+    for block_m, most in ((16, 8), (32, 16), (64, 64)):
         if pairs_per_expert <= most:
             return block_m
     return 128

@@ -143,7 +143,7 @@ def test_experts_equal_the_reference(size, activation, dtype, device):
 def test_tiles_of_many_rows_equal_the_reference(num_tokens, dtype, device):
     """Two experts: on average 20, 60 and 150 rows each."""
     layer = Layer(num_tokens, 2, 2, 70, 40, dtype, device)
-    assert moe_config.rows_per_tile(2 * num_tokens, 2) == {20: 64, 60: 128, 150: 128}[num_tokens]
+    assert moe_config.rows_per_tile(2 * num_tokens, 2) == {20: 64, 60: 64, 150: 128}[num_tokens]
     layer.check()
 
 
@@ -181,6 +181,20 @@ def test_other_types_go_to_the_reference(device, caplog):
     layer = Layer(5, 4, 2, 16, 16, torch.float64, device)
     assert torch.equal(layer.run(moe), layer.run(reference))
     assert "fused_moe: no GPU kernel for torch.float64" in caplog.text
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 2), (60, 6), (64, 3), (128, 8), (300, 5)])
+def test_steps_that_double_meet_every_variant(num_experts, top_k):
+    """Warm-up runs those, and the largest; nothing may be left to compile after it."""
+
+    def variant(num_tokens: int) -> tuple[int, int, bool]:
+        num_pairs = num_tokens * top_k
+        chunk = moe_config.sort_chunk(num_pairs, num_experts)
+        return moe_config.rows_per_tile(num_pairs, num_experts), chunk, num_pairs <= chunk
+
+    limit = 5000
+    warm = {variant(num_tokens) for num_tokens in (*(1 << exponent for exponent in range(13)), limit)}
+    assert {variant(num_tokens) for num_tokens in range(1, limit + 1)} == warm
 
 
 def test_older_gpus_get_smaller_tiles(monkeypatch, device):
