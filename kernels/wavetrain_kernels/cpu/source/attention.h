@@ -20,6 +20,11 @@ constexpr int kKeys = 128;             // keys of a step
 constexpr int kPartition = 1024;       // keys summed apart; a multiple of kKeys
 constexpr int kMaxTiles = 4;           // tiles of lanes that share what is read of the cache
 constexpr int kMaxHeadDim = 256;
+#if defined(__AVX512F__)
+constexpr int kKeysAtOnce = 8, kLanesAtOnce = 4;   // rows of a product without tiles that are summed beside each other
+#else
+constexpr int kKeysAtOnce = 4, kLanesAtOnce = 2;
+#endif
 
 struct Attention {
     bf16* out;                // [T, Hq, D], contiguous
@@ -221,6 +226,18 @@ inline void load_values(const Attention& op, const Lanes& lanes, int64_t first, 
     }
 }
 
+#if !WAVETRAIN_AMX
+// scores [kKeysAtOnce, 16] = as many keys times the queries of one tile: enough sums at once to hide the product's latency.
+inline void multiply_some_keys(float* scores, const bf16* keys, int64_t stride, const bf16* queries, int64_t padded_dim) {
+    Floats sums[kKeysAtOnce];
+    for (Floats& one : sums) one = broadcast(0.0f);
+    for (int64_t d = 0; d < padded_dim; d += 2)   // pair d of dimensions is row d of all tiles of the queries together
+        for (int key = 0; key < kKeysAtOnce; ++key)
+            sums[key] = multiply_pair(sums[key], pair_at(keys + key * stride + d), queries + d / 2 * kTileRow);
+    for (int key = 0; key < kKeysAtOnce; ++key) store(scores + key * kLanes, sums[key]);
+}
+#endif
+
 // scores [128, 16] = keys times the queries of one tile; num_keys rounded up to 64.
 inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t tile, int64_t num_keys, AttentionScratch& scratch) {
 #if WAVETRAIN_AMX
@@ -248,14 +265,9 @@ inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t til
         _tile_stored(3, to + 3 * kTile * kLanes, stride);
     }
 #else
-    const bf16* queries = (const bf16*)scratch.queries[tile];   // pair d of dimensions is row d of all its tiles together
-    for (int64_t i = 0; i < num_keys; ++i) {
-        const bf16* key = keys.start[i / kTile] + i % kTile * keys.row_bytes / (int64_t)sizeof(bf16);
-        Floats sums = broadcast(0.0f);
-        for (int64_t d = 0; d < op.padded_dim(); d += 2)
-            sums = multiply_pair(sums, pair_at(key + d), queries + d / 2 * kTileRow);
-        store(scratch.scores[i], sums);
-    }
+    for (int64_t i = 0; i < num_keys; i += kKeysAtOnce)
+        multiply_some_keys(scratch.scores[i], keys.start[i / kTile] + i % kTile * keys.row_bytes / (int64_t)sizeof(bf16),
+                           keys.row_bytes / (int64_t)sizeof(bf16), (const bf16*)scratch.queries[tile], op.padded_dim());
 #endif
 }
 
@@ -359,6 +371,26 @@ inline void multiply_value_tiles(float* value, int64_t d, int64_t steps, const A
         _tile_stored(3, value + 3 * kTile, stride);
     }
 }
+#else
+// value [kCount, 32] += weights of lanes from `lane` on times values of dimensions [d, d + 32). Lanes past the last are
+// computed along and never looked at.
+template <int kCount>
+inline void multiply_some_values(float* value, int64_t lane, int64_t d, int64_t steps, const AttentionScratch& scratch) {
+    Floats sums[kCount][2];
+    for (int i = 0; i < kCount; ++i)
+        for (int half = 0; half < 2; ++half) sums[i][half] = load(value + i * kMaxHeadDim + half * kTile);
+    for (int64_t step = 0; step < steps; ++step)
+        for (int pair = 0; pair < kDepth / 2; ++pair) {
+            const bf16 *low = &scratch.values[step][d / kTile][pair * kTileRow], *high = low + kTileElements;
+            for (int i = 0; i < kCount; ++i) {
+                int32_t weights = pair_at(&scratch.weights[lane + i][step * kDepth + pair * 2]);
+                sums[i][0] = multiply_pair(sums[i][0], weights, low);
+                sums[i][1] = multiply_pair(sums[i][1], weights, high);
+            }
+        }
+    for (int i = 0; i < kCount; ++i)
+        for (int half = 0; half < 2; ++half) store(value + i * kMaxHeadDim + half * kTile, sums[i][half]);
+}
 #endif
 
 // sums.value = sums.value * factor + weights times values, for the lanes of one tile.
@@ -377,15 +409,10 @@ inline void multiply_values(const Attention& op, int64_t tile, int64_t lanes, in
     for (; d + 4 * kTile <= op.padded_dim(); d += 4 * kTile) multiply_value_tiles<4>(value[0] + d, d, steps, scratch);
     if (d < op.padded_dim()) multiply_value_tiles<2>(value[0] + d, d, steps, scratch);
 #else
-    for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t d = 0; d < op.padded_dim(); d += kTile) {
-            Floats sums = load(value[lane] + d);
-            for (int64_t step = 0; step < steps; ++step)
-                for (int pair = 0; pair < kDepth / 2; ++pair)
-                    sums = multiply_pair(sums, pair_at(&scratch.weights[lane][step * kDepth + pair * 2]),
-                                         &scratch.values[step][d / kTile][pair * kTileRow]);
-            store(value[lane] + d, sums);
-        }
+    for (int64_t lane = 0; lane < lanes; lane += kLanesAtOnce)
+        for (int64_t d = 0; d < op.padded_dim(); d += 2 * kTile)
+            lanes - lane == 1 ? multiply_some_values<1>(value[lane] + d, lane, d, steps, scratch)
+                              : multiply_some_values<kLanesAtOnce>(value[lane] + d, lane, d, steps, scratch);
 #endif
 }
 
