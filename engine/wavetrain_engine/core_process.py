@@ -30,6 +30,7 @@ from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.ipc.core_socket import CoreSocket
 from wavetrain_engine.ipc.runtime_dir import RuntimeDir
 from wavetrain_engine.plan import Executor
+from wavetrain_engine.time_slice import shorten_time_slices
 from wavetrain_engine.worker_import import import_worker
 
 _LOGGER = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
     runtime_dir = RuntimeDir(options.runtime_dir)
     socket = CoreSocket(runtime_dir.socket_address(os.getpid()), options.server_pid)
     socket.install_signal_handlers()
+    shorten_time_slices()
     try:
         logging.getLogger().setLevel(Environment.read().log_level.upper())
         config = EngineConfig.load(options.engine_config)
