@@ -64,7 +64,9 @@ class RowParameters:
 
     def random(self, rows: NDArray[np.int64]) -> RandomArrays | None:
         """Returns how the rows draw; None where all take their likeliest token."""
-        floats, ints = self._floats[: _MIN_P + 1, rows], self._ints[:, rows]
+        # Kernels read each row of these as it lies in memory, and numpy would lay them out the other way round.
+        floats = np.ascontiguousarray(self._floats[: _MIN_P + 1, rows])
+        ints = np.ascontiguousarray(self._ints[:, rows])
         if not floats[_TEMPERATURE].any():
             return None
         top_k = ints[_TOP_K]

@@ -410,3 +410,14 @@ def test_none_for_what_no_row_asks():
     random = mixed.batch([2, 0, 1]).random
     assert (random.temperature.tolist(), random.top_k.tolist()) == ([1, 0, 1], [4, 0, 0])
     assert random.has_filters
+
+
+def test_what_kernels_read_lies_side_by_side() -> None:
+    """They take addresses, not strides: a view of another layout would give a row its neighbour's numbers."""
+    random = SamplingParams(temperature=0.8, seed=3, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2)
+    batch = make_state(SamplingParams(temperature=0.0), random, random).batch([0, 1, 2])
+    assert batch.random is not None
+    assert batch.penalties is not None
+    for rows in (batch.random, batch.penalties):
+        tensors = [getattr(rows, name) for name in type(rows).__dataclass_fields__]
+        assert all(tensor.is_contiguous() for tensor in tensors if isinstance(tensor, torch.Tensor))
