@@ -23,9 +23,14 @@ from wavetrain_kernels.ops import AttentionMetadata
 
 
 class FakeRecorder:
-    """Runs twice what it captures, as a real one does: once to warm up, once to record."""
+    """Runs twice what it captures, as a real one does: once to warm up, once to record.
+
+    Attributes:
+        check: whether the model tells where its inputs are.
+    """
 
     def __init__(self) -> None:
+        self.check = True
         self.num_replays = 0
         self._addresses: list[tuple[int, ...]] = []
 
@@ -33,15 +38,14 @@ class FakeRecorder:
         self._addresses.clear()
         run()
         run()
-        warm, captured = self._addresses
-        assert warm == captured
-        expected = captured
+        expected = self._addresses[-1:]
+        assert self._addresses == expected * 2 or not self.check
 
         def replay() -> None:
             self.num_replays += 1
             self._addresses.clear()
             run()
-            assert self._addresses == [expected]
+            assert self._addresses == expected or not self.check
 
         return replay
 
