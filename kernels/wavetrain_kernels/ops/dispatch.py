@@ -96,11 +96,11 @@ def kernel_set(device: torch.device) -> str:
     return implementation(device).name
 
 
-def new_program(device: torch.device, capacity: int) -> Program | None:
-    """Returns an empty program for steps of up to `capacity` tokens; None where the set that answers has none.
+def new_program(device: torch.device, capacity: int, dtype: torch.dtype) -> Program | None:
+    """Returns an empty program for steps of up to `capacity` tokens; None where the set has none for this dtype.
 
     Raises:
         UnsupportedDevice: no set can serve the device.
     """
     maker = implementation(device).new_program
-    return None if maker is None else maker(capacity)
+    return None if maker is None else maker(capacity, dtype)
