@@ -26,7 +26,7 @@ class KernelSet:
     Attributes:
         empty: (shape, dtype, device) -> an uninitialised tensor, where results go
         zeros: (shape, dtype, device) -> zeros that stay, such as a KV cache
-        new_program: (capacity, dtype) -> an empty Program, or None for a dtype it does not record; None: it records nothing
+        new_program: (capacity, dtype) -> an empty Program; None where it records nothing, at all or of this dtype
         rms_norm: (out, x, weight, eps, weight_offset)
         add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
         rotate_and_cache: (query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping,

@@ -38,7 +38,7 @@ class Router(Linear):
 
 
 class ExpertStack:
-    """One projection of all experts, packed side by side. Its memory comes with the model's, expert by expert its content."""
+    """One projection of all experts, packed side by side. Memory comes with the model's, content expert by expert."""
 
     packed: ops.PackedExperts
 

@@ -4,8 +4,8 @@
     usual       block_sparse_moe.experts.3.w1.weight [I, H]    (Mixtral)    mlp.experts.3.gate_proj.weight (Qwen3-MoE)
     stacked     mlp.experts.gate_up_proj [E, 2 * I, H], mlp.experts.down_proj [E, H, I]
 
-transformers 5 has the second form in memory, and writes it where it is told not to go back to the usual one. An expert's
-matrices lie in such a tensor as they would alone, so each is a range of its bytes.
+transformers 5 has the second form in memory, and writes it where it is told not to go back to the usual one. An
+expert's matrices lie in such a tensor as they would alone, so each is a range of its bytes.
 """
 
 from __future__ import annotations
