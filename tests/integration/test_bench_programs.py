@@ -52,5 +52,6 @@ def test_our_tokens_are_what_float32_chooses(checkpoint: Path) -> None:
 
 def test_bench_step_prints_every_part(checkpoint: Path) -> None:
     lines = run("bench_step.py", "--requests", "8", "--prompt-len", "16", "--steps", "20")
-    assert [line["part"] for line in lines] == ["step", "schedule", "update", "encode", "inputs", "worker"]
+    parts = ["step", "schedule", "update", "encode", "inputs", "worker", "launch", "collect"]
+    assert [line["part"] for line in lines] == parts
     assert all(line["median_us"] > 0 for line in lines)
