@@ -113,6 +113,8 @@ class AttentionMetadata:
                 raise ShapeError(f"{name} must have {rank} dimension(s), got shape {list(tensor.shape)}")
             if tensor.dtype != dtype:
                 raise DtypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+            if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:  # kernels go by addresses
+                raise ShapeError(f"{name} must be dense, its elements are {tensor.stride(-1)} apart")
         num_rows = self.seq_lens.shape[0]
         if self.query_start_loc.shape[0] != num_rows + 1:
             raise ShapeError(f"query_start_loc must have {num_rows + 1} entries, got {self.query_start_loc.shape[0]}")

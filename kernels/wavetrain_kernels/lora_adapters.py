@@ -58,8 +58,8 @@ class LoraAdapters:
                 f"at most {MAX_SLICES} slices, none of them empty, and ranks of 1 to {MAX_RANK} are possible, "
                 f"got {list(self.slice_sizes)} and {rank}"
             )
-        if not (self.a.is_contiguous() and self.b.is_contiguous()):
-            raise ShapeError("a and b must be contiguous")
+        if not all(tensor.is_contiguous() for tensor in (self.a, self.b, self.scales, self.ranks)):
+            raise ShapeError("a, b, scales and ranks must be contiguous")
         if not self.a.is_floating_point() or self.b.dtype != self.a.dtype:
             raise DtypeError(f"a and b must have one floating-point dtype, got {self.a.dtype} and {self.b.dtype}")
         for name, tensor, dtype in (("scales", self.scales, torch.float32), ("ranks", self.ranks, torch.int32)):

@@ -8,15 +8,18 @@ launched over all rows, and each leaves the other's alone: sorting rows on the h
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.gpu.attention_decode import decode_attention
 from wavetrain_kernels.gpu.attention_decode_config import MAX_DECODE_QUERY_LEN
 from wavetrain_kernels.gpu.attention_prefill import prefill_attention
-from wavetrain_kernels.gpu.launch import TRITON_TYPES, fall_back
+from wavetrain_kernels.gpu.attention_prefill_config import PrefillShape, can_attend
+from wavetrain_kernels.gpu.launch import TRITON_TYPES, device_traits, fall_back
 from wavetrain_kernels.reference import attention as reference
 
 
@@ -36,14 +39,35 @@ def paged_attention(
     `max_query_len` alone.
     """
     options = (metadata, scale, sliding_window, soft_cap)
-    if query.dtype not in TRITON_TYPES:
-        fall_back("paged_attention", f"{query.dtype}")
+    has_chunks = metadata.max_query_len > MAX_DECODE_QUERY_LEN
+    missing = _missing(query, key_cache, has_chunks)
+    if missing is not None:
+        fall_back("paged_attention", missing)
         reference.paged_attention(out, query, key_cache, value_cache, *options)
         return
-    if metadata.max_query_len > MAX_DECODE_QUERY_LEN:
+    query = query if query.stride(2) == 1 else query.contiguous()
+    if has_chunks:
         prefill_attention(out, query, key_cache, value_cache, *options, min_query_len=MAX_DECODE_QUERY_LEN + 1)
-    if metadata.max_query_len <= MAX_DECODE_QUERY_LEN or _has_decodes(metadata):
+    if not has_chunks or _has_decodes(metadata):
         decode_attention(out, query, key_cache, value_cache, *options)
+
+
+def _missing(query: Tensor, key_cache: Tensor, has_chunks: bool) -> str | None:
+    """Returns what there is no kernel for; None: there is one."""
+    if query.dtype not in TRITON_TYPES:
+        return f"{query.dtype}"
+    block_size = key_cache.shape[2]
+    if has_chunks and not _has_prefill(query.shape[1], *key_cache.shape[1:], query.element_size(), query.device):
+        return f"chunks of prompts in blocks of {block_size} tokens"
+    return None
+
+
+@functools.cache
+def _has_prefill(
+    num_heads: int, num_kv_heads: int, block_size: int, head_dim: int, element_bytes: int, device: torch.device
+) -> bool:
+    shape = PrefillShape(num_heads, num_kv_heads, head_dim, block_size, element_bytes)
+    return can_attend(shape, device_traits(device))
 
 
 def _has_decodes(metadata: AttentionMetadata) -> bool:

@@ -83,7 +83,15 @@ def prefill_config(shape: PrefillShape, device: DeviceTraits, tuned: Mapping[str
         tuned: measured values of fields that replace the heuristics'.
     """
     config = dataclasses.replace(_heuristic(shape, device), **(tuned or {}))
+    # What was measured may have been so with smaller blocks: a tile of keys is whole blocks.
+    config = dataclasses.replace(config, block_n=max(config.block_n, shape.block_size))
     return _fitted(config, shape, device)
+
+
+def can_attend(shape: PrefillShape, device: DeviceTraits) -> bool:
+    """Whether there is a launch for blocks of this size: a power of two of tokens, and no more than a tile has keys."""
+    is_power_of_2 = shape.block_size == next_power_of_2(shape.block_size)
+    return is_power_of_2 and shared_bytes(prefill_config(shape, device), shape) <= device.shared_bytes
 
 
 def _heuristic(shape: PrefillShape, device: DeviceTraits) -> PrefillConfig:
@@ -102,7 +110,7 @@ def _heuristic(shape: PrefillShape, device: DeviceTraits) -> PrefillConfig:
     return PrefillConfig(
         pack=_pack(shape.group, block_m),
         block_m=block_m,
-        block_n=max(block_n, shape.block_size),
+        block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
         query_in_registers=is_asynchronous and shape.element_bytes == 2 and block_d <= 128,

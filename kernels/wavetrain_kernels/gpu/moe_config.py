@@ -62,7 +62,7 @@ def gate_up_config(block_m: int, hidden: int, units: int, device: torch.device |
         return ProductConfig(block_n=32, block_k=128, group_m=1, num_warps=4, num_stages=4)
     if block_m == 64:
         return ProductConfig(block_n=64, block_k=64, group_m=1, num_warps=4, num_stages=4)
-    if device is not None and device_traits(device).capability < (9, 0):
+    if device is not None and device_traits(device).capability[0] not in (9, 10):
         # Operands pass through registers there: the sums of two tiles of 128 columns would not fit beside them.
         return BEFORE_HOPPER
     return ProductConfig(block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=3)

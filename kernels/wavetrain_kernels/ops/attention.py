@@ -31,13 +31,13 @@ def paged_attention(
     key-value head h // (Hq // Hkv). What lies in a block past a row's context never matters, not even NaN.
 
     Args:
-        scale: multiplies the scores.
+        scale: multiplies the scores; positive.
         sliding_window: a query at position p sees positions > p - sliding_window only.
         soft_cap: scores become soft_cap * tanh(score / soft_cap) before the softmax.
 
     Raises:
         ShapeError: the tensors do not fit each other or the metadata, the block tables are too narrow for the
-            longest context, or sliding_window or soft_cap is not positive.
+            longest context, or scale, sliding_window or soft_cap is not positive.
         DtypeError: query and caches are not of one floating-point dtype.
     """
     if query.dim() != 3 or query.shape[0] != metadata.num_tokens:
@@ -52,6 +52,8 @@ def paged_attention(
             f"block_tables with {metadata.block_tables.shape[1]} columns of {key_cache.shape[2]} tokens "
             f"cannot hold a context of {metadata.max_seq_len}"
         )
+    if not scale > 0:
+        raise ShapeError(f"scale must be positive, got {scale}")
     if sliding_window is not None and sliding_window < 1:
         raise ShapeError(f"sliding_window must be at least 1, got {sliding_window}")
     if soft_cap is not None and soft_cap <= 0:

@@ -93,3 +93,5 @@ def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
             raise ShapeError(f"bias must be [{weight.out_features}], got {list(bias.shape)}")
         if bias.dtype != x.dtype:
             raise DtypeError(f"x and bias must have one dtype, got {x.dtype} and {bias.dtype}")
+        if not bias.is_contiguous():
+            raise ShapeError(f"bias must be contiguous, its elements are {bias.stride(0)} apart")

@@ -28,6 +28,8 @@ def sort_by_adapter(token_slots: Tensor, num_slots: int) -> LoraBatch:
         raise ShapeError(f"token_slots must be [T] and num_slots positive, got {list(token_slots.shape)}, {num_slots}")
     if token_slots.dtype != torch.int32:
         raise DtypeError(f"token_slots must be torch.int32, got {token_slots.dtype}")
+    if not token_slots.is_contiguous():
+        raise ShapeError(f"token_slots must be contiguous, they are {token_slots.stride(0)} apart")
     kernels = implementation(token_slots.device)
     sorted_tokens = kernels.empty(token_slots.shape, torch.int32, token_slots.device)
     slot_starts = kernels.empty((num_slots + 1,), torch.int32, token_slots.device)
@@ -85,7 +87,7 @@ def _check_batch(adapters: LoraAdapters, batch: LoraBatch) -> None:
 
 
 def _check_rows(name: str, rows: Tensor, adapters: LoraAdapters) -> None:
-    if rows.shape[0] > 1 and rows.stride(1) != 1:
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
         raise ShapeError(f"the rows of {name} must be contiguous, their elements are {rows.stride(1)} apart")
     if rows.dtype != adapters.a.dtype:
         raise DtypeError(f"{name} and the adapters must have one dtype, got {rows.dtype} and {adapters.a.dtype}")

@@ -180,3 +180,5 @@ def _check_rows(name: str, tensor: Tensor, num_rows: int, dtype: torch.dtype) ->
         raise ShapeError(f"{name} must be [{num_rows}], got {list(tensor.shape)}")
     if tensor.dtype != dtype:
         raise DtypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if not tensor.is_contiguous():  # kernels go by addresses: a row would get its neighbour's
+        raise ShapeError(f"{name} must be contiguous, its elements are {tensor.stride(0)} apart")

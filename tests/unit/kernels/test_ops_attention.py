@@ -229,6 +229,8 @@ def metadata_fields(**changes) -> dict:
         ({"slot_mapping": torch.zeros(3, dtype=torch.int32)}, DtypeError, "slot_mapping must be torch.int64"),
         ({"query_start_loc": torch.tensor([0, 3], dtype=torch.int32)}, ShapeError, "must have 3 entries, got 2"),
         ({"block_tables": torch.zeros((3, 1), dtype=torch.int32)}, ShapeError, "must have 2 rows, got 3"),
+        ({"seq_lens": torch.tensor([4, 0, 2, 0], dtype=torch.int32)[::2]}, ShapeError, "seq_lens must be dense"),
+        ({"block_tables": torch.zeros((2, 4), dtype=torch.int32)[:, ::2]}, ShapeError, "block_tables must be dense"),
         ({"host_seq_lens": [4]}, ShapeError, "as long as their tensors"),
         ({"host_query_start_loc": [0, 3]}, ShapeError, "as long as their tensors"),
         ({"query_start_loc": torch.tensor([1, 1, 3], dtype=torch.int32)}, ShapeError, "goes from 1 to 3"),
@@ -271,12 +273,14 @@ def test_caches_that_do_not_fit(change, error, message):
         (torch.zeros(1, 5, 8), {}, ShapeError, "5 query heads are not a multiple of 2"),
         (torch.zeros(1, 6, 8), {"sliding_window": 0}, ShapeError, "sliding_window must be at least 1, got 0"),
         (torch.zeros(1, 6, 8), {"soft_cap": 0.0}, ShapeError, "soft_cap must be positive, got 0.0"),
+        (torch.zeros(1, 6, 8), {"scale": 0.0}, ShapeError, "scale must be positive, got 0.0"),
+        (torch.zeros(1, 6, 8), {"scale": float("nan")}, ShapeError, "scale must be positive, got nan"),
     ],
 )
 def test_a_query_that_does_not_fit(query, options, error, message):
     step = Step([(1, 4)])
     with pytest.raises(error, match=message):
-        ops.paged_attention(query, step.key_cache, step.value_cache, step.metadata, scale=1.0, **options)
+        ops.paged_attention(query, step.key_cache, step.value_cache, step.metadata, **{"scale": 1.0} | options)
 
 
 def test_block_tables_too_narrow():

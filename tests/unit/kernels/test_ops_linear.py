@@ -134,6 +134,7 @@ X, WEIGHT = torch.zeros(2, 5), torch.zeros(4, 5)
         (X, WEIGHT, torch.zeros(5), ShapeError, "bias must be .4., got .5."),
         (X, WEIGHT, torch.zeros(4, 1), ShapeError, "bias must be"),
         (X, WEIGHT, torch.zeros(4).half(), DtypeError, "x and bias"),
+        (X, WEIGHT, torch.zeros(8)[::2], ShapeError, "bias must be contiguous"),
     ],
 )
 def test_layers_that_do_not_fit(x, weight, bias, error, message):

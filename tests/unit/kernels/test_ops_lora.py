@@ -86,6 +86,8 @@ def test_sorting_refuses_what_does_not_fit() -> None:
         ops.sort_by_adapter(SLOTS, 0)
     with pytest.raises(DtypeError, match="int32"):
         ops.sort_by_adapter(SLOTS.long(), 4)
+    with pytest.raises(ShapeError, match="contiguous"):
+        ops.sort_by_adapter(SLOTS[::2], 4)
 
 
 def test_adapters_refuse_what_does_not_fit() -> None:
@@ -98,6 +100,8 @@ def test_adapters_refuse_what_does_not_fit() -> None:
         ({"slice_sizes": (10, 7)}, "do not fit"),
         ({"slice_sizes": (10, 7, 0)}, "none of them empty"),
         ({"a": good.a.transpose(2, 3).contiguous().transpose(2, 3)}, "contiguous"),
+        ({"scales": good.scales.repeat_interleave(2)[::2]}, "contiguous"),
+        ({"ranks": good.ranks.repeat_interleave(2)[::2]}, "contiguous"),
         ({"scales": good.scales[1:]}, "scales"),
         ({"ranks": good.ranks[1:]}, "ranks"),
     ):
@@ -130,6 +134,8 @@ def test_shrink_refuses_what_does_not_fit() -> None:
         ops.lora_shrink(x[1:], adapters, batch)
     with pytest.raises(ShapeError, match="rows of x"):
         ops.lora_shrink(torch.randn(24, 8).T, adapters, batch)
+    with pytest.raises(ShapeError, match="rows of x"):
+        ops.lora_shrink(torch.randn(1, 48)[:, ::2], adapters, ops.sort_by_adapter(SLOTS[:1], 4))
     with pytest.raises(ShapeError, match="slots"):
         ops.lora_shrink(x, adapters, ops.sort_by_adapter(SLOTS, 5))
     with pytest.raises(DtypeError, match="one dtype"):

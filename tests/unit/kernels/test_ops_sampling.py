@@ -380,6 +380,7 @@ GOOD_PENALTIES = {
         ({"repetition": torch.ones(3)}, ShapeError, "repetition must be"),
         ({"presence": torch.ones(2).double()}, DtypeError, "presence must be"),
         ({"frequency": torch.ones(2, 1)}, ShapeError, "frequency must be"),
+        ({"frequency": torch.ones(2, 3)[:, 0]}, ShapeError, "frequency must be contiguous"),
     ],
 )
 def test_penalties_that_do_not_fit(changes, error, message):
@@ -398,6 +399,8 @@ def test_penalties_that_do_not_fit(changes, error, message):
         ({"min_p": ints(0, 0)}, DtypeError, "min_p must be torch.float32"),
         ({"temperature": floats(1)}, ShapeError, "temperature must be .2."),
         ({"temperature": ints(1, 1)}, DtypeError, "temperature must be torch.float32"),
+        ({"temperature": torch.ones(2, 3)[:, 0]}, ShapeError, "temperature must be contiguous"),
+        ({"top_k": torch.ones(2, 3).long()[:, 0]}, ShapeError, "top_k must be contiguous"),
         ({"logits": torch.zeros(2)}, ShapeError, "logits must be"),
         ({"logits": torch.zeros(2, 0)}, ShapeError, "logits must be"),
         ({"logits": torch.zeros(2, 9).int()}, DtypeError, "logits must be floating"),
@@ -428,6 +431,7 @@ GOOD_DRAW = {
         ({"temperature": ints(1, 1)}, DtypeError, "temperature must be"),
         ({"lowest": floats(1, 1, 1)}, ShapeError, "lowest must be"),
         ({"lowest": floats(1, 1).double()}, DtypeError, "lowest must be"),
+        ({"seeds": ints(1, 2, 3, 4)[::2]}, ShapeError, "seeds must be contiguous, its elements are 2 apart"),
     ],
 )
 def test_draws_that_do_not_fit(changes, error, message):

@@ -19,7 +19,7 @@ from wavetrain_kernels.gpu import attention_decode
 from wavetrain_kernels.gpu.attention import paged_attention
 from wavetrain_kernels.gpu.attention_decode import decode_attention
 from wavetrain_kernels.gpu.attention_decode_config import MAX_DECODE_QUERY_LEN, DecodeShape, decode_config
-from wavetrain_kernels.gpu.launch import H200
+from wavetrain_kernels.gpu.launch import H200, fall_back
 from wavetrain_kernels.gpu.workspace import workspace
 
 # The interpreter turns arrays of one element into numbers.
@@ -207,6 +207,21 @@ def test_every_row_of_a_step_is_somebodys(rows, device):
 def test_a_type_without_kernels_falls_to_the_reference(device):
     case = make_case([(1, 20), (3, 3)], torch.float64, device)
     torch.testing.assert_close(case.attend(paged_attention).float().cpu(), case.expected(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [24, 512])
+def test_chunks_in_blocks_that_no_tile_has_fall_to_the_reference(block_size, device, caplog):
+    fall_back.cache_clear()
+    heads = Heads(head_dim=256, block_size=block_size)
+    case = make_case([(1, 30), (12, 40)], torch.float32, device, heads)
+    assert_attends(case, paged_attention)
+    assert f"chunks of prompts in blocks of {block_size} tokens" in caplog.text
+
+
+def test_elements_of_a_query_that_lie_apart(device):
+    case = make_case([(1, 20), (3, 30)], torch.float16, device)
+    case.query = torch.stack([case.query, case.query + 1], dim=-1)[..., 0]
+    assert_attends(case, paged_attention)
 
 
 # The comparison notices what could be wrong.

@@ -235,6 +235,8 @@ def test_measured_values_replace_the_heuristics():
     assert prefill_config(shape, H200, measured) == expected
     # What does not fit is still made to fit.
     assert prefill_config(shape, H200, {"num_stages": 9}).num_stages < 9
+    # What was measured with small blocks is made to hold a large one.
+    assert prefill_config(dataclasses.replace(shape, block_size=64), H200, {"block_n": 32}).block_n == 64
 
 
 SERIALIZED = """

@@ -197,9 +197,10 @@ def test_steps_that_double_meet_every_variant(num_experts, top_k):
     assert {variant(num_tokens) for num_tokens in range(1, limit + 1)} == warm
 
 
-def test_older_gpus_get_smaller_tiles(monkeypatch, device):
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+def test_gpus_without_warp_group_products_get_smaller_tiles(capability, monkeypatch, device):
     assert moe_config.gate_up_config(128, 2048, 768).block_n == 128
-    traits = replace(launch.H200, capability=(8, 0))
+    traits = replace(launch.H200, capability=capability)
     monkeypatch.setattr(moe_config, "device_traits", lambda _device: traits)
     assert moe_config.gate_up_config(128, 2048, 768, device) == moe_config.BEFORE_HOPPER
 
