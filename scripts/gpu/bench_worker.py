@@ -41,7 +41,8 @@ def run_worker(
         from gpu.peer_continuous import measure_peer
 
         dtype = torch.float32 if is_dry_run else torch.bfloat16
-        _note(results, "throughput", lambda: measure_peer(model_dir, plan, device, dtype))
+        began = partial(_append, results, "began_at")
+        _note(results, "throughput", lambda: measure_peer(model_dir, plan, device, dtype, began))
         return
     _run_ours(parts, shape, model_dir, results, started_at, flags, is_dry_run=is_dry_run)
 
@@ -120,9 +121,13 @@ def _note(results: Path, part: str, measure: Callable[[], dict[str, Any]]) -> No
     except Exception as error:
         found = {"failed": f"{type(error).__name__}: {error}"[:400]}
     found = {**found, "took_s": round(time.monotonic() - started, 1)}
-    with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({part: found}) + "\n")
+    _append(results, part, found)
     print(f"{part}: {json.dumps(found)}", flush=True)
+
+
+def _append(results: Path, name: str, found: object) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({name: found}) + "\n")
 
 
 def read_results(results: Path) -> dict[str, Any]:

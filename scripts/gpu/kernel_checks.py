@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ from gpu.moe_contests import moe_contests
 from gpu.sampling_contests import sampling_contests
 from gpu.setting import Setting
 
-_TESTS = machine.ROOT / "tests" / "unit" / "kernels" / "gpu"
+_UNIT_TESTS = machine.ROOT / "tests" / "unit"
+_TESTS = (_UNIT_TESTS / "kernels" / "gpu", _UNIT_TESTS / "engine" / "test_gpu_engine.py")
+# Of one test: compiling is in it, and others compile at the same time.
+_TEST_TIMEOUT_S = 240
+# Characters from the end of what pytest says, where something is wrong.
+_SHOWN_OF_LOG = 5000
 # The plugins that pyproject.toml configures need not be there.
 _SETTINGS = """[pytest]
 addopts = --import-mode=importlib -p no:cacheprovider
@@ -34,25 +40,31 @@ markers =
 
 
 def unit_test_checks(folder: Path, selection: str, timeout_s: float) -> Iterator[Check]:
-    """Runs the unit tests of the GPU kernels and yields a check for each of their files."""
+    """Runs the unit tests of the GPU kernels, and of the engine on a GPU; yields a check for each of their files."""
     settings, report = folder / "pytest.ini", folder / "report.xml"
     settings.write_text(_SETTINGS, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", str(_TESTS), "-q", "-c", str(settings), f"--rootdir={machine.ROOT}"]
+    command = [sys.executable, "-m", "pytest", *map(str, _TESTS), "-q", "-c", str(settings)]
+    command += [f"--rootdir={machine.ROOT}", "--tb=short"]
     if not selection and importlib.util.find_spec("xdist") is not None:  # compiling is most of it
         command += ["-n", str(min(8, os.cpu_count() or 1))]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        command += [f"--timeout={_TEST_TIMEOUT_S}", "--timeout-method=thread"]
     command += [f"--junitxml={report}", f"--basetemp={folder / 'tests'}", *(["-k", selection] if selection else [])]
-    try:
-        done = subprocess.run(
-            command, env=machine.child_environment(), timeout=timeout_s, capture_output=True, text=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        yield Check("unit tests of the kernels", is_right=False, detail=f"not done after {timeout_s:.0f} s")
-        return
-    if not report.exists():
-        tail = " ".join((done.stdout + done.stderr).splitlines()[-3:])
-        yield Check("unit tests of the kernels", is_right=False, detail=tail[-300:])
-        return
-    yield from read_report(report)
+    environment = {**machine.child_environment(), "PYTEST_PLUGINS": "gpu.stand_in_plugin"}
+    print(f"unit tests, at most {timeout_s:.0f} s", flush=True)
+    log = folder / "log"
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            run = partial(subprocess.run, command, env=environment, timeout=timeout_s, check=False)
+            problem = "" if run(stdout=file, stderr=subprocess.STDOUT).returncode == 0 else "no report"
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {timeout_s:.0f} s"
+    if problem:
+        print(log.read_text(encoding="utf-8", errors="replace")[-_SHOWN_OF_LOG:], flush=True)
+    if report.exists():
+        yield from read_report(report)
+    else:
+        yield Check("unit tests of the kernels", is_right=False, detail=problem or "no report")
 
 
 def read_report(report: Path) -> list[Check]:
@@ -65,7 +77,8 @@ def read_report(report: Path) -> list[Check]:
         found = counts.setdefault(name, {})
         found[kind] = found.get(kind, 0) + 1
         if kind in ("failure", "error"):
-            first.setdefault(name, f"{case.get('name')}")
+            reason = next((child.get("message", "") for child in case if child.tag == kind), "")
+            first.setdefault(name, f"{case.get('name')}: {' '.join(reason.split())[:200]}")
     if not counts:
         return [Check("unit tests of the kernels", is_right=False, detail="none ran")]
     return [

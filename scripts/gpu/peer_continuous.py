@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ from gpu.engine_parts import Plan
 from gpu.rounds import significant
 
 
-def measure_peer(model_dir: Path, plan: Plan, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def measure_peer(
+    model_dir: Path, plan: Plan, device: torch.device, dtype: torch.dtype, began: Callable[[float], object]
+) -> dict[str, Any]:
     """Runs the plan's requests through `generate_batch`, after a short run that captures its graphs.
+
+    `began` is told when, as `time.time()`: it cannot be stopped, and whoever ends it then knows how long it ran.
 
     Its pages, tokens a step, graphs and double buffering are what it chooses itself.
     """
@@ -30,9 +36,13 @@ def measure_peer(model_dir: Path, plan: Plan, device: torch.device, dtype: torch
     draw = random.Random(0)
     prompts = [[draw.randrange(3, config.vocab_size) for _ in range(plan.prompt_len)] for _ in range(plan.requests)]
 
-    # On a CPU it would take nearly all memory there is, and touch it.
-    small = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=64)
-    memory = {"continuous_batching_config": small} if device.type == "cpu" else {}
+    memory: dict[str, Any] = {}
+    if device.type == "cpu":  # where it would take nearly all memory there is, and touch it
+        names = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+        page = "page_size" if "page_size" in names else "block_size"  # as transformers 5.17 has it
+        memory["continuous_batching_config"] = ContinuousBatchingConfig(
+            num_blocks=16, max_batch_tokens=64, **{page: 16}
+        )
 
     def generate(inputs: list[list[int]], num_tokens: int) -> int:
         # Only what differs from its defaults: greedy, and an end of text that is no token.
@@ -44,6 +54,7 @@ def measure_peer(model_dir: Path, plan: Plan, device: torch.device, dtype: torch
 
     with torch.no_grad():  # its threads do without inference mode, and could not write to tensors made in it
         generate([prompt[: plan.prompt_len // 2] for prompt in prompts[:4]], min(plan.output_len, 8))
+        began(time.time())
         started = time.perf_counter()
         num_tokens = generate(prompts, plan.output_len)
         seconds = time.perf_counter() - started

@@ -61,7 +61,8 @@ class GraphTimer:
         self.was_captured = True
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # The outer one comes back to our stream also where a capture fails: torch's own would not.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph):
                 for call in calls:
                     call()
         except RuntimeError:

@@ -102,7 +102,11 @@ class CudaRecorder:
         run()  # what is compiled, allocated or looked up the first time does not belong in a graph
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # The outer one comes back to our stream also where a capture fails: torch's own would leave us on the other.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             run()
         return graph.replay
 

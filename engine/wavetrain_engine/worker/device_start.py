@@ -96,8 +96,10 @@ class DeviceStart:
             with memory, collector_at_rest():
                 self._runner.capture(self._keys, record)
         except RuntimeError as error:
-            cause = str(error).partition("\n")[0]
-            _LOG.warning("no CUDA graphs, so decoding is slow: a step cannot be captured (%s)", cause)
+            # What ended a capture raises first; that it was cut short is raised on top, and says nothing.
+            cause = error.__context__ or error
+            message = str(cause).partition("\n")[0]
+            _LOG.warning("no CUDA graphs, so decoding is slow: a step cannot be captured (%s)", message, exc_info=cause)
         else:
             _LOG.info("%d CUDA graphs captured in %.1f s", len(self._keys), time.monotonic() - started)
 

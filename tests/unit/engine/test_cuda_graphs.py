@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from wavetrain_engine.worker.cuda_graphs import GraphKey, StepGraphs, graph_keys, padded_sizes
+from wavetrain_engine.worker.cuda_graphs import CudaRecorder, GraphKey, StepGraphs, graph_keys, padded_sizes
 
 
 @pytest.mark.parametrize(
@@ -75,3 +80,37 @@ class TestDispatch:
         graphs.replay(5)
         graphs.run(GraphKey(1, 1))
         assert replayed == [GraphKey(8, 1), GraphKey(1, 1)]
+
+
+def test_a_failed_capture_comes_back_to_the_stream_it_was_called_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own `graph` stays on the stream of the capture, where it cannot end it."""
+    streams = ["ours"]
+
+    @contextmanager
+    def stream(name: str) -> Generator[None]:
+        before = streams[-1]
+        streams.append(name)
+        try:
+            yield
+        finally:
+            streams.append(before)
+
+    @contextmanager
+    def graph(_graph: Any, **_options: Any) -> Generator[None]:
+        streams.append("the capture's")
+        try:
+            yield
+        finally:
+            raise RuntimeError("a capture that was cut short")
+
+    def run() -> None:
+        if streams[-1] == "the capture's":
+            raise RuntimeError("not permitted")
+
+    fakes = {"graph_pool_handle": lambda: (0, 1), "synchronize": lambda: None, "stream": stream, "graph": graph}
+    fakes |= {"CUDAGraph": SimpleNamespace, "current_stream": lambda: streams[-1]}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="cut short"):
+        CudaRecorder()(run)
+    assert streams == ["ours", "ours", "the capture's", "ours"]

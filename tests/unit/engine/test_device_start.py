@@ -107,13 +107,17 @@ class TestNoGraphs:
         self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def refuse(_run: Callable[[], None]) -> Any:
-            raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+            finally:
+                raise RuntimeError("the capture was cut short")
 
         device_on_cpu(monkeypatch, with_graphs=False)
         monkeypatch.setattr(device_start, "_recorder", lambda _config, _facts: refuse)
         core = RealCore(checkpoint)
         assert graphs_of(core) is None
         assert "a step cannot be captured (operation not permitted when stream is capturing)" in caplog.text
+        assert "cut short" not in caplog.messages[-1]
         assert len(core.run_one([5, 6, 7])) == 12
         core.close()
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import bench_gpu
+import gpu_check
 from gpu import msgspec_stand_in, report, rounds, shapes
 from gpu.bench_worker import read_results
 from gpu.contest import Contest, bar_of, relative_error, run_contest
@@ -142,6 +144,44 @@ def test_throughput_is_compared_over_both_of_our_runs() -> None:
     assert bench_gpu._compare({"throughput": {"failed": "no"}}, theirs, {})["failed"] == "no"
 
 
+@pytest.mark.parametrize(("ran_s", "kept"), [(30.0, True), (12.0, None)])
+def test_a_peer_that_was_ended_is_slower_by_as_much_at_least(ran_s: float, kept: bool | None) -> None:
+    ours = {"throughput": {"output_tokens_per_s": 300.0, "seconds": 10.0}}
+    theirs = {"throughput": {"failed": "not done after 40 s"}, "ran_s": ran_s}
+    found = bench_gpu._compare(ours, theirs, {})
+    assert found["ours_over_theirs"] == ran_s / 10
+    (bar,) = [bar for bar in bench_gpu.BARS if bar.name == "throughput"]
+    assert bar.judge({"parts": {"throughput": found}})["kept"] is kept
+
+
+def test_parts_that_failed_after_another_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(_args: object, _engine: str, parts: list[str], *_rest: object) -> dict[str, Any]:
+        asked.append(parts)
+        return {"start": {"run": len(asked)}} | {
+            part: {"failed": "dead"} if len(asked) == 1 and part != "step" else {"run": len(asked)} for part in parts
+        }
+
+    monkeypatch.setattr(bench_gpu, "_run", run)
+    args = bench_gpu._parser().parse_args(["--no-peer"])
+    parts = bench_gpu._measure(args, ["step", "idle", "replay", "throughput"], "tiny")["parts"]
+    assert asked == [["step", "idle", "replay", "throughput"], ["replay", "throughput"]]
+    assert parts["idle"] == {"failed": "dead"}
+    assert (parts["start"], parts["step"], parts["replay"]) == ({"run": 1}, {"run": 1}, {"run": 2})
+
+
+def test_a_part_whose_process_dies_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "part.json"
+    assert gpu_check._end_of("sizes", 0, file) is not None  # it wrote nothing
+    file.write_text('{"results": [{"name": "one", "right": true}]}', encoding="utf-8")
+    assert gpu_check._end_of("sizes", 1, file) is None
+    end = gpu_check._end_of("sizes", -signal.SIGSEGV, file)
+    assert end is not None
+    assert (end["right"], end["detail"]) == (False, "its process ended with -11")
+    assert gpu_check._results({"sizes": file, "greedy": tmp_path / "none.json"}) == [{"name": "one", "right": True}]
+
+
 def test_results_of_a_process_that_was_ended_are_read(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     assert read_results(file) == {}
@@ -220,11 +260,12 @@ def test_a_report_of_unit_tests_becomes_a_check_a_file(tmp_path: Path) -> None:
     file = tmp_path / "report.xml"
     file.write_text(
         '<testsuites><testsuite><testcase classname="a.test_one" name="x"/><testcase classname="a.test_one" name="y">'
-        '<failure/></testcase><testcase classname="a.test_two" name="z"><skipped/></testcase></testsuite></testsuites>',
+        '<failure message="3 is\n not 4"/></testcase>'
+        '<testcase classname="a.test_two" name="z"><skipped/></testcase></testsuite></testsuites>',
         encoding="utf-8",
     )
     one, two = read_report(file)
-    assert (one.is_right, one.detail) == (False, "1 failure, 1 passed; first: y")
+    assert (one.is_right, one.detail) == (False, "1 failure, 1 passed; first: y: 3 is not 4")
     assert (two.is_right, two.detail) == (True, "1 skipped")
     file.write_text("<testsuites/>", encoding="utf-8")
     assert not read_report(file)[0].is_right
