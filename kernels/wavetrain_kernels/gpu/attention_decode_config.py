@@ -104,7 +104,8 @@ def decode_config(shape: DecodeShape, device: DeviceTraits, tuned: Mapping[str, 
         tuned: measured values of fields, and of `programs_per_sm`, that replace the heuristics'.
     """
     measured = dict(tuned or {})
-    block_m, block_d = _block_m(shape), next_power_of_2(shape.head_dim)
+    # The summed dimension of a product has 16 elements at least, of which the interpreter knows nothing.
+    block_m, block_d = _block_m(shape), max(16, next_power_of_2(shape.head_dim))
     is_wide = block_m >= _WIDE_TILE
     num_warps = measured.get("num_warps", 8 if is_wide else 4)
     programs_per_sm = measured.pop("programs_per_sm", 1 if is_wide else 2)

@@ -85,7 +85,7 @@ def test_windows_and_caps(sliding_window, soft_cap, dtype, device):
 
 
 @pytest.mark.parametrize(("block_size", "merges"), [(16, True), (32, False)])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
 def test_head_dims(head_dim, block_size, merges, dtype, device):
     heads = Heads(num_heads=4, num_kv_heads=2, head_dim=head_dim, block_size=block_size)
     tile_n = decode_config(DecodeShape(3, 3, 4, 2, head_dim, 2), H200).tile_n
@@ -306,6 +306,11 @@ def test_a_launch_depends_on_the_batch_by_few_steps():
     variants = {decode_config(dataclasses.replace(LLAMA, num_rows=rows), H200) for rows in range(1, 1025)}
     assert sorted(config.block_b for config in variants) == [128, 512, 2048]
     assert len({dataclasses.replace(config, block_b=0) for config in variants}) == 1
+
+
+def test_products_are_as_large_as_the_compiler_wants_them():
+    config = decode_config(dataclasses.replace(LLAMA, head_dim=8), H200)
+    assert min(config.block_m, config.block_d, config.tile_n) >= 16
 
 
 def test_measured_values_replace_the_heuristics():
