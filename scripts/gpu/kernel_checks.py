@@ -25,6 +25,8 @@ from gpu.setting import Setting
 
 _UNIT_TESTS = machine.ROOT / "tests" / "unit"
 _TESTS = (_UNIT_TESTS / "kernels" / "gpu", _UNIT_TESTS / "engine" / "test_gpu_engine.py")
+# Compiles for other devices, which needs none.
+_NOT_OF_A_GPU = _UNIT_TESTS / "kernels" / "gpu" / "test_aot.py"
 # Of one test: compiling is in it, and others compile at the same time.
 _TEST_TIMEOUT_S = 240
 # Characters from the end of what pytest says, where something is wrong.
@@ -44,7 +46,7 @@ def unit_test_checks(folder: Path, selection: str, timeout_s: float) -> Iterator
     settings, report = folder / "pytest.ini", folder / "report.xml"
     settings.write_text(_SETTINGS, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", *map(str, _TESTS), "-q", "-c", str(settings)]
-    command += [f"--rootdir={machine.ROOT}", "--tb=short"]
+    command += [f"--rootdir={machine.ROOT}", "--tb=short", f"--ignore={_NOT_OF_A_GPU}"]
     if not selection and importlib.util.find_spec("xdist") is not None:  # compiling is most of it
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout") is not None:

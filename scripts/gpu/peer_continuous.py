@@ -40,9 +40,8 @@ def measure_peer(
     if device.type == "cpu":  # where it would take nearly all memory there is, and touch it
         names = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
         page = "page_size" if "page_size" in names else "block_size"  # as transformers 5.17 has it
-        memory["continuous_batching_config"] = ContinuousBatchingConfig(
-            num_blocks=16, max_batch_tokens=64, **{page: 16}
-        )
+        sizes: dict[str, Any] = {page: 16, "num_blocks": 16, "max_batch_tokens": 64}
+        memory["continuous_batching_config"] = ContinuousBatchingConfig(**sizes)
 
     def generate(inputs: list[list[int]], num_tokens: int) -> int:
         # Only what differs from its defaults: greedy, and an end of text that is no token.
