@@ -19,13 +19,14 @@ from wavetrain_client.errors import (
     ServerFailed,
     StreamBroken,
 )
-from wavetrain_client.options import GenerationRequest, SamplingOptions
+from wavetrain_client.options import ChatPrompt, GenerationRequest, Prompt, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
 
 __all__ = [
     "AsyncChunkStream",
     "AsyncClient",
     "Cancelled",
+    "ChatPrompt",
     "Chunk",
     "ChunkStream",
     "Client",
@@ -38,6 +39,7 @@ __all__ = [
     "GenerationRequest",
     "Logprob",
     "PerfMetrics",
+    "Prompt",
     "RequestRejected",
     "RetryPolicy",
     "SamplingOptions",

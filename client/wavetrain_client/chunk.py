@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """How likely one token was at one position."""
+    """How likely one token was at one position; NaN for the first token of a prompt, which nothing comes before."""
 
     logprob: float
     rank: int | None = None
@@ -34,6 +34,7 @@ class PerfMetrics:
     acceptance_rate: float | None = None
     total_accepted_draft_tokens: int | None = None
     total_draft_tokens: int | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class Chunk:
         token_logprobs: log-probability of each new token; from `ensemble` and `engine` only.
         cumulative_logprob: sum of the sampled tokens' log-probabilities so far.
         perf_metrics: on the last chunk, when asked for.
+        prompt_logprobs: for each token of the prompt, once, when asked for; with sequence 0. From `llm` only.
     """
 
     text: str = ""
@@ -63,6 +65,7 @@ class Chunk:
     token_logprobs: tuple[float, ...] | None = None
     cumulative_logprob: float | None = None
     perf_metrics: PerfMetrics | None = None
+    prompt_logprobs: tuple[Mapping[int, Logprob], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,7 @@ class Generation:
     outputs: tuple[GeneratedSequence, ...]
     num_input_tokens: int | None = None
     perf_metrics: PerfMetrics | None = None
+    prompt_logprobs: tuple[Mapping[int, Logprob], ...] | None = None
 
     @property
     def text(self) -> str:
@@ -136,6 +140,7 @@ def join_chunks(request_id: str, model: str, chunks: Iterable[Chunk]) -> Generat
         outputs=tuple(_join_sequence(by_index[index]) for index in sorted(by_index)),
         num_input_tokens=_last(chunk.num_input_tokens for chunk in every),
         perf_metrics=_last(chunk.perf_metrics for chunk in every),
+        prompt_logprobs=_last(chunk.prompt_logprobs for chunk in every),
     )
 
 

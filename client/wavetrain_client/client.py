@@ -23,7 +23,7 @@ from wavetrain_client import protocol
 from wavetrain_client.channel import CHANNEL_OPTIONS, DEFAULT_URL, Address
 from wavetrain_client.chunk import Chunk, Generation, join_chunks
 from wavetrain_client.errors import Cancelled, ClientError, ConnectionFailed
-from wavetrain_client.options import GenerationRequest, SamplingOptions
+from wavetrain_client.options import GenerationRequest, Prompt, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
 from wavetrain_client.stream import StopRequest, StreamSession
 from wavetrain_client.wire import WireRequest
@@ -69,7 +69,7 @@ class Client:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         model: str = "llm",
         timeout_s: float | None = None,
@@ -99,7 +99,7 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         model: str = "llm",
         timeout_s: float | None = None,

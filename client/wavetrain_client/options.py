@@ -8,11 +8,12 @@ server's to check: it names the bad parameter in its answer. Here only names and
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, cast
+from typing import Any, TypeAlias, TypedDict, cast
 
 from wavetrain_client.errors import RequestRejected
 
@@ -40,11 +41,39 @@ class SamplingOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     skip_special_tokens: bool  # leave special tokens out of the text
     logprobs: int  # top-k log-probabilities per output token; 0: only the sampled token's
+    prompt_logprobs: int  # the same for each token of the prompt
     echo: bool  # put the prompt in front of the output; not when streaming
     return_perf_metrics: bool  # time stamps and cache blocks of the request
 
 
+Prompt: TypeAlias = "str | Sequence[int] | ChatPrompt"
 OPTION_NAMES: tuple[str, ...] = tuple(SamplingOptions.__annotations__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """Messages of a conversation, for the checkpoint's chat template to make a prompt of. Only `llm` takes them.
+
+    Attributes:
+        messages: each with `role` and `content`, JSON values.
+        variables: what else the template may use (`add_generation_prompt`, `enable_thinking`, ...); JSON values.
+
+    Raises:
+        RequestRejected: the messages or variables are no JSON values.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        self.to_json()
+
+    def to_json(self) -> tuple[str, str]:
+        """Messages and variables, each as JSON text."""
+        try:
+            return json.dumps(list(self.messages)), json.dumps(dict(self.variables))
+        except (TypeError, ValueError, RecursionError):
+            raise RequestRejected("chat messages must be JSON values: objects, lists, strings and numbers") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +81,7 @@ class GenerationRequest:
     """One generation to ask for, checked for what the server could not understand.
 
     Attributes:
-        prompt: text, or token ids for the model `engine`.
+        prompt: text; token ids, for the models `engine` and `llm`; or a conversation, for `llm`.
         model: name of the Triton model.
         options: sampling options by name.
         is_streaming: False asks for one response with everything.
@@ -66,7 +95,7 @@ class GenerationRequest:
         TypeError: an option that does not exist; the nearest known one is named.
     """
 
-    prompt: str | Sequence[int]
+    prompt: Prompt
     model: str = "llm"
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     is_streaming: bool = True
@@ -81,7 +110,7 @@ class GenerationRequest:
                 nearest = difflib.get_close_matches(name, OPTION_NAMES, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(OPTION_NAMES)}"
                 raise TypeError(f"unknown option {name!r}{hint}")
-        if not isinstance(self.prompt, str):
+        if not isinstance(self.prompt, (str, ChatPrompt)):
             object.__setattr__(self, "prompt", _checked_token_ids(self.prompt))
         if self.timeout_s is not None and not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
             raise RequestRejected(f"timeout_s must be a positive number of seconds, got {self.timeout_s}")
@@ -105,7 +134,9 @@ class GenerationRequest:
 
 def _checked_token_ids(values: object) -> list[int]:
     if isinstance(values, (bytes, bytearray)) or not isinstance(values, Sequence):
-        raise RequestRejected(f"the prompt must be text or a list of token ids, got {type(values).__name__}")
+        raise RequestRejected(
+            f"the prompt must be text, a list of token ids or a ChatPrompt, got {type(values).__name__}"
+        )
     token_ids = list(cast("Sequence[Any]", values))
     for token_id in token_ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int):

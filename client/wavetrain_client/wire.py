@@ -14,13 +14,14 @@ travels as `request_priority`. `timeout_ms` and `cache_salt` pass through under 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from wavetrain_client.chunk import Chunk, FinishReason, Logprob, PerfMetrics
 from wavetrain_client.errors import RequestRejected, ServerFailed
-from wavetrain_client.options import GenerationRequest
+from wavetrain_client.options import ChatPrompt, GenerationRequest, Prompt
 from wavetrain_client.tensor import Tensor, decode_values, encode_tensor
 
 ENSEMBLE_MODEL = "ensemble"
@@ -65,6 +66,7 @@ _READ_OUTPUTS = {
     "num_input_tokens",
     "num_output_tokens",
     "logprobs",
+    "prompt_logprobs",
     "cumulative_logprob",
     "cum_log_probs",
     "output_log_probs",
@@ -138,6 +140,7 @@ def decode_response(response: Any) -> list[Chunk]:
     token_logprobs = _split_rows(outputs.get("output_log_probs"), num_sequences)
     perf_metrics = _read_perf_metrics(outputs)
     num_input_tokens = outputs.get("num_input_tokens")
+    prompt_logprobs = _read_logprobs(outputs["prompt_logprobs"][0]) if outputs.get("prompt_logprobs") else None
     return [
         Chunk(
             text=texts[row] if row < len(texts) else "",
@@ -150,6 +153,7 @@ def decode_response(response: Any) -> list[Chunk]:
             token_logprobs=token_logprobs[row] if row < len(token_logprobs) else None,
             cumulative_logprob=float(cumulative[row]) if row < len(cumulative) else None,
             perf_metrics=perf_metrics,
+            prompt_logprobs=prompt_logprobs if row == 0 else None,
         )
         for row in range(num_sequences)
     ]
@@ -163,7 +167,7 @@ def _llm_tensors(request: GenerationRequest) -> list[Tensor]:
     except (TypeError, ValueError):
         raise RequestRejected("the sampling options must be plain numbers, strings, lists and dicts") from None
     tensors = [
-        encode_tensor("text_input", "BYTES", (1,), [_text_prompt(request)]),
+        *_llm_prompt(request.prompt),
         encode_tensor("stream", "BOOL", (1,), [request.is_streaming]),
         encode_tensor("sampling_parameters", "BYTES", (1,), [sampling_json]),
         encode_tensor("exclude_input_in_output", "BOOL", (1,), [not given.get("echo", False)]),
@@ -174,6 +178,21 @@ def _llm_tensors(request: GenerationRequest) -> list[Tensor]:
     if given.get("return_perf_metrics"):
         flags.append("return_perf_metrics")
     return tensors + [encode_tensor(flag, "BOOL", (1,), [True]) for flag in flags]
+
+
+def _llm_prompt(prompt: Prompt) -> list[Tensor]:
+    """The prompt in one of its three forms; text_input is required, so beside the others it is empty."""
+    if isinstance(prompt, str):
+        return [encode_tensor("text_input", "BYTES", (1,), [prompt])]
+    empty = encode_tensor("text_input", "BYTES", (1,), [""])
+    if isinstance(prompt, ChatPrompt):
+        messages, variables = prompt.to_json()
+        return [
+            empty,
+            encode_tensor("messages", "BYTES", (1,), [messages]),
+            encode_tensor("template_variables", "BYTES", (1,), [variables]),
+        ]
+    return [empty, encode_tensor("input_ids", "INT32", (len(prompt),), prompt)]
 
 
 def _ensemble_tensors(request: GenerationRequest) -> list[Tensor]:
@@ -192,8 +211,8 @@ def _ensemble_tensors(request: GenerationRequest) -> list[Tensor]:
 
 
 def _engine_tensors(request: GenerationRequest) -> list[Tensor]:
-    if isinstance(request.prompt, str):
-        raise RequestRejected(f"the model {ENGINE_MODEL!r} takes token ids; send text to 'llm'")
+    if isinstance(request.prompt, (str, ChatPrompt)):
+        raise RequestRejected(f"the model {ENGINE_MODEL!r} takes token ids; send text and messages to 'llm'")
     given = _legacy_options(request, _ENGINE_SCALARS, _ENGINE_OTHERS)
     num_tokens = len(request.prompt)
     tensors = [
@@ -268,7 +287,7 @@ def _word_list(name: str, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 def _text_prompt(request: GenerationRequest) -> str:
     if not isinstance(request.prompt, str):
-        raise RequestRejected(f"the model {request.model!r} takes text; send token ids to {ENGINE_MODEL!r}")
+        raise RequestRejected(f"the model {request.model!r} takes text; send token ids and messages to 'llm'")
     return request.prompt
 
 
@@ -342,13 +361,18 @@ def _read_logprobs(value: bytes) -> tuple[Mapping[int, Logprob], ...] | None:
             return None
         return tuple(
             {
-                int(token_id): Logprob(float(entry["logprob"]), entry.get("rank"), entry.get("decoded_token"))
+                int(token_id): Logprob(_read_logprob(entry["logprob"]), entry.get("rank"), entry.get("decoded_token"))
                 for token_id, entry in position.items()
             }
             for position in positions
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ServerFailed("the server sent logprobs that are not the JSON they should be") from None
+
+
+def _read_logprob(value: Any) -> float:
+    """The first token of a prompt has none: nothing comes before it."""
+    return math.nan if value is None else float(value)
 
 
 def _read_perf_metrics(outputs: Mapping[str, list[Any]]) -> PerfMetrics | None:
