@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.lora_adapters import LoraAdapters, LoraBatch
 from wavetrain_kernels.program import Program
+from wavetrain_kernels.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,10 @@ class KernelSet:
         embedding: (out, table, token_ids, scale, is_packed)
         linear: (out, x, packed, bias)
         gated_linear: (out, x, packed, bias, activation)
+        pack_quantized: (weight, dtype, is_gated) -> the data of a PackedWeight for inputs of `dtype`; None where these
+            kernels have no form for the weight's scheme
+        quantized_linear: (out, x, packed, bias)
+        quantized_gated_linear: (out, x, packed, bias, activation)
         empty_experts: (num_experts, out_features, in_features, is_gated, dtype, device) -> the data of PackedExperts
         pack_expert: (packed, expert, weight, is_gated)
         route_experts: (weights_out, expert_ids_out, logits, renormalize)
@@ -81,6 +87,9 @@ class KernelSet:
     embedding: Callable[[Tensor, Tensor, Tensor, float, bool], None]
     linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
     gated_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str], None]
+    pack_quantized: Callable[[QuantizedWeight, torch.dtype, bool], Any | None]
+    quantized_linear: Callable[[Tensor, Tensor, Any, Tensor | None], None]
+    quantized_gated_linear: Callable[[Tensor, Tensor, Any, Tensor | None, str], None]
     empty_experts: Callable[[int, int, int, bool, torch.dtype, torch.device], Tensor]
     pack_expert: Callable[[Tensor, int, Tensor, bool], None]
     route_experts: Callable[[Tensor, Tensor, Tensor, bool], None]

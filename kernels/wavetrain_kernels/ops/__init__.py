@@ -10,7 +10,7 @@ from wavetrain_kernels.ops.attention import AttentionMetadata, paged_attention
 from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set, new_program
 from wavetrain_kernels.ops.embedding import embedding
 from wavetrain_kernels.ops.kv_cache import allocate_kv_cache
-from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_weight
+from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_quantized, pack_weight
 from wavetrain_kernels.ops.lora import lora_expand, lora_shrink, sort_by_adapter
 from wavetrain_kernels.ops.moe import empty_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
@@ -25,6 +25,8 @@ from wavetrain_kernels.ops.sampling import (
 from wavetrain_kernels.packed_experts import PackedExperts
 from wavetrain_kernels.packed_weight import PackedWeight
 from wavetrain_kernels.program import Program
+from wavetrain_kernels.quantized_weight import QuantizationScheme, QuantizedWeight
+from wavetrain_kernels.reference.quantized_linear import dequantize
 
 __all__ = [
     "AttentionMetadata",
@@ -34,10 +36,13 @@ __all__ = [
     "PackedExperts",
     "PackedWeight",
     "Program",
+    "QuantizationScheme",
+    "QuantizedWeight",
     "add_rms_norm",
     "allocate_kv_cache",
     "apply_penalties",
     "choose_kernels",
+    "dequantize",
     "embedding",
     "empty_experts",
     "filter_thresholds",
@@ -50,6 +55,7 @@ __all__ = [
     "lora_shrink",
     "new_program",
     "pack_expert",
+    "pack_quantized",
     "pack_weight",
     "paged_attention",
     "rms_norm",

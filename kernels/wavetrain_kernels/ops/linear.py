@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Literal
 
 import torch
@@ -11,6 +13,10 @@ from torch import Tensor
 from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.ops.dispatch import implementation
 from wavetrain_kernels.packed_weight import PackedWeight
+from wavetrain_kernels.quantized_weight import QuantizationScheme, QuantizedWeight
+from wavetrain_kernels.reference.quantized_linear import dequantize
+
+_LOG = logging.getLogger(__name__)
 
 # T = rows.
 
@@ -40,6 +46,42 @@ def pack_weight(weight: Tensor, *, is_gated: bool = False) -> PackedWeight:
     )
 
 
+def pack_quantized(weight: QuantizedWeight, *, dtype: torch.dtype, is_gated: bool = False) -> PackedWeight:
+    """Returns the quantized weight as the kernels of its device want it, for inputs of `dtype`.
+
+    Where they have no form for its scheme it is held as a weight of `dtype`, which the log says once for each scheme.
+
+    Args:
+        is_gated: rows [0, out / 2) are gates of rows [out / 2, out), and the weight is for `gated_linear`.
+
+    Raises:
+        ShapeError: the weight is gated and its number of rows is odd.
+        DtypeError: `dtype` is not floating point.
+    """
+    if is_gated and weight.out_features % 2:
+        raise ShapeError(f"a gated weight must have an even number of rows, got {weight.out_features}")
+    if not dtype.is_floating_point:
+        raise DtypeError(f"inputs must be floating point, got {dtype}")
+    kernels = implementation(weight.device)
+    data = kernels.pack_quantized(weight, dtype, is_gated)
+    if data is None:
+        _say_widened(kernels.name, weight.scheme)
+        return pack_weight(dequantize(weight).to(dtype), is_gated=is_gated)
+    return PackedWeight(
+        data=data,
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        dtype=dtype,
+        is_gated=is_gated,
+        scheme=weight.scheme,
+    )
+
+
+@functools.cache
+def _say_widened(kernels: str, scheme: QuantizationScheme) -> None:
+    _LOG.warning("the %s kernels have no form for weights of %s: they are held unquantized", kernels, scheme)
+
+
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """Returns x [T, in] times weight [out, in] transposed, plus bias [out].
 
@@ -60,7 +102,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, dtype
         raise DtypeError(f"the result must be of x's dtype {x.dtype} or float32, not {dtype}")
     kernels = implementation(x.device)
     out = kernels.empty((x.shape[0], weight.out_features), dtype or x.dtype, x.device)
-    kernels.linear(out, x, weight.data, bias)
+    compute = kernels.linear if weight.scheme is None else kernels.quantized_linear
+    compute(out, x, weight.data, bias)
     return out
 
 
@@ -79,7 +122,8 @@ def gated_linear(x: Tensor, weight: PackedWeight, activation: GatedActivation, b
     _check(x, weight, bias)
     kernels = implementation(x.device)
     out = kernels.empty((x.shape[0], weight.out_features // 2), x.dtype, x.device)
-    kernels.gated_linear(out, x, weight.data, bias, activation)
+    compute = kernels.gated_linear if weight.scheme is None else kernels.quantized_gated_linear
+    compute(out, x, weight.data, bias, activation)
     return out
 
 

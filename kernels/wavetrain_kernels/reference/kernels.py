@@ -18,6 +18,7 @@ from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight
 from wavetrain_kernels.reference.lora import lora_expand, lora_shrink, num_lora_parts, sort_by_adapter
 from wavetrain_kernels.reference.moe import empty_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
+from wavetrain_kernels.reference.quantized_linear import pack_quantized, quantized_gated_linear, quantized_linear
 from wavetrain_kernels.reference.rotary import rotate_and_cache
 from wavetrain_kernels.reference.sampling import (
     apply_penalties,
@@ -52,6 +53,9 @@ REFERENCE = KernelSet(
     embedding=embedding,
     linear=linear,
     gated_linear=gated_linear,
+    pack_quantized=pack_quantized,
+    quantized_linear=quantized_linear,
+    quantized_gated_linear=quantized_gated_linear,
     empty_experts=empty_experts,
     pack_expert=pack_expert,
     route_experts=route_experts,

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from wavetrain_kernels.reference.activation import gated_activation
 
 
 def pack_weight(weight: Tensor, _is_gated: bool) -> Tensor:
@@ -21,4 +22,4 @@ def linear(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
 def gated_linear(out: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> None:
     """out [T, N / 2] = act(first half) * second half of x @ weight.T + bias."""
     gate, up = F.linear(x, packed, bias).chunk(2, dim=-1)
-    torch.mul(F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh"), up, out=out)
+    out.copy_(gated_activation(gate, up, activation))
