@@ -45,6 +45,7 @@ VALUES = {
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
     "logprobs": 0,
+    "prompt_logprobs": 0,
     "echo": True,
     "return_perf_metrics": True,
 }

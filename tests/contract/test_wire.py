@@ -92,8 +92,11 @@ def test_llm_declares_both_contracts_and_vllm_decides() -> None:
     inputs = contract(LEGACY["ensemble"]["inputs"]) | contract(VLLM["inputs"])
     expected = {name: (dtype, dims, name != "text_input") for name, (dtype, dims, _) in inputs.items()}
     expected |= {"min_length": ("INT32", [1], True), "stop": ("BOOL", [1], True)}
+    expected |= {"input_ids": ("INT32", [-1], True)}
+    expected |= {name: ("STRING", [1], True) for name in ("messages", "template_variables")}
     assert declared(config.input) == expected
-    assert declared(config.output) == contract(LEGACY["ensemble"]["outputs"]) | contract(VLLM["outputs"])
+    own = {"prompt_logprobs": ("STRING", [1], False), "num_cached_tokens": ("INT32", [1], False)}
+    assert declared(config.output) == contract(LEGACY["ensemble"]["outputs"]) | contract(VLLM["outputs"]) | own
     assert config.max_batch_size == 0
     # The names of both with another type: vLLM's, as its clients send tensors without a batch dimension too.
     legacy, vllm = contract(LEGACY["ensemble"]["outputs"]), contract(VLLM["outputs"])

@@ -158,5 +158,6 @@ LLM = Contract(
         "return_logprobs": "return_logprobs",
     },
     refused=_ENSEMBLE_REFUSED | {"image": NOTHING, "embedding_request": NOTHING},
-    special=_ENSEMBLE_SPECIAL | {"sampling_parameters"},
+    # Ours: a prompt as token ids or as messages of a chat, each in place of text_input.
+    special=_ENSEMBLE_SPECIAL | {"sampling_parameters", "input_ids", "messages", "template_variables"},
 )

@@ -43,7 +43,7 @@ class GeneratingModel(TritonModel):
     def execute(self, requests: Sequence[Any]) -> None:
         """Starts each request and returns; responses come from the sender thread."""
         for request in requests:
-            self._start_or_refuse(request)
+            self.start_or_refuse(request)
 
     def finalize(self) -> None:
         """Ends the model, and the core if no other model needs it."""
@@ -54,7 +54,8 @@ class GeneratingModel(TritonModel):
     def start_request(self, request: Any, generation: Generation) -> None:
         """Hands a request to the core; what it raises, before anything was handed over, refuses the request."""
 
-    def _start_or_refuse(self, request: Any) -> None:
+    def start_or_refuse(self, request: Any) -> None:
+        """Starts a request, or answers it with the error that keeps it from starting; never raises. Thread-safe."""
         try:
             if self._generation is None:
                 raise RequestError("the model is not loaded")

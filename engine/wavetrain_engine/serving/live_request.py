@@ -43,6 +43,7 @@ class Unsent:
     text: str = ""
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -85,6 +86,8 @@ class LiveSequence:
         """Adds the update's news to `unsent`. Returns whether the core has to be told to end the request."""
         if update.stats is not None:
             self.stats = update.stats
+        if update.prompt_logprobs is not None:
+            self.unsent.prompt_logprobs = update.prompt_logprobs
         delta = self._text_stream.push(update)
         self._add(delta)
         if update.finish_reason is not None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from wavetrain_engine.errors import RequestError
@@ -12,9 +14,10 @@ from wavetrain_engine.sampling_params import SamplingParams, parse_json_object
 from wavetrain_engine.serving.contracts import LLM
 from wavetrain_engine.serving.generating_model import GeneratingModel
 from wavetrain_engine.serving.generation import Generation
+from wavetrain_engine.serving.llm_prompt import MESSAGES_INPUT, TEMPLATE_TIMEOUT_S, LlmPrompts
 from wavetrain_engine.serving.llm_writer import LlmWriter
 from wavetrain_engine.serving.model_files import ModelFiles
-from wavetrain_engine.serving.prompts import encode_prompt, word_inputs
+from wavetrain_engine.serving.prompts import word_inputs
 from wavetrain_engine.serving.request_parameters import RequestParameters
 from wavetrain_engine.serving.row_inputs import (
     RowInputs,
@@ -38,12 +41,33 @@ class LlmServer(GeneratingModel):
     _tokenizer: Tokenizer
     _facts: EngineFacts
     _defaults: SamplingParams
+    _prompts: LlmPrompts
+    _chats: ThreadPoolExecutor | None = None
 
     def start(self, files: ModelFiles) -> None:
-        """Loads the tokenizer and attaches to the core."""
+        """Loads the tokenizer and the chat template, and attaches to the core."""
         self._tokenizer = files.require_tokenizer()
+        template = files.load_chat_template(self._tokenizer, timeout_s=TEMPLATE_TIMEOUT_S)
         self._facts = self.attach(files)
         self._defaults = self._facts.generation.sampling_defaults()
+        self._prompts = LlmPrompts(self._tokenizer, template, self._facts.max_model_len)
+        # Triton starts all requests from one thread, which must not wait for a template: messages have their own.
+        self._chats = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-template")
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Starts each request and returns; responses come from the sender thread."""
+        for request in requests:
+            if self._chats is not None and any(item.name() == MESSAGES_INPUT for item in request.inputs()):
+                self._chats.submit(self.start_or_refuse, request)
+            else:
+                self.start_or_refuse(request)
+
+    def finalize(self) -> None:
+        """Ends the model, and the core if no other model needs it."""
+        if self._chats is not None:
+            self._chats.shutdown()
+            self._prompts.close()
+        super().finalize()
 
     def start_request(self, request: Any, generation: Generation) -> None:
         """Reads the request's tensors and starts its sequences."""
@@ -53,18 +77,18 @@ class LlmServer(GeneratingModel):
             generation.stop(request)
             return
         check_inputs(tensors, LLM)
-        text, token_ids = encode_prompt(tensors, 0, self._tokenizer, self._facts.max_model_len)
+        prompt = self._prompts.read(tensors)
         parameters = RequestParameters.read(request)
         is_legacy = _LEGACY_MARK in inputs.sampling
         params = self._sampling_params(tensors, inputs, parameters, is_legacy=is_legacy)
         sequences = generation.sequences(
             row=0,
-            prompt_token_ids=token_ids,
+            prompt_token_ids=prompt.token_ids,
             params=params,
             parameters=parameters,
             options=inputs.options,
             tokenizer=self._tokenizer,
-            prompt_text=text if _includes_prompt(inputs, is_legacy=is_legacy) else "",
+            prompt_text=self._prompts.text_of(prompt) if _includes_prompt(inputs, is_legacy=is_legacy) else "",
         )
         generation.run(request, sequences, LlmWriter(self._tokenizer, is_legacy=is_legacy))
 

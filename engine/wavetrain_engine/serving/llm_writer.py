@@ -58,11 +58,25 @@ class LlmWriter:
             outputs.append(_make("cumulative_logprob", sums, np.float32))
         if options.return_logprobs:
             outputs.append(_make_text("logprobs", [self._logprobs_json(unsent) for unsent in news]))
+        outputs += self._prompt_outputs(group[0], news[0])
         if options.return_num_input_tokens:
             num_tokens = len(group[0].request.prompt_token_ids)
             outputs.append(_make("num_input_tokens", [num_tokens], np.uint32))
         if options.return_num_output_tokens:
             outputs.append(_make("num_output_tokens", [len(unsent.token_ids) for unsent in news], np.uint32))
+        return outputs
+
+    def _prompt_outputs(self, first: LiveSequence, unsent: Unsent) -> list[Any]:
+        """What is about the prompt all sequences share: its log-probabilities, and how much of it was cached."""
+        outputs: list[Any] = []
+        if unsent.prompt_logprobs is not None:
+            token_id = first.request.prompt_token_ids[0]
+            # Nothing comes before the first token, so it has no probability.
+            entry = {"logprob": None, "rank": None, "decoded_token": self._tokenizer.token_text(token_id)}
+            rest = [self._entry(position) for position in unsent.prompt_logprobs]
+            outputs.append(_make_text("prompt_logprobs", [json.dumps([{str(token_id): entry}, *rest])]))
+        if first.options.return_perf_metrics and first.is_finished and first.stats is not None:
+            outputs.append(_make("num_cached_tokens", [first.stats.num_cached_tokens], np.int32))
         return outputs
 
     def _logprobs_json(self, unsent: Unsent) -> str:

@@ -13,6 +13,7 @@ from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.errors import ConfigError
 from wavetrain_engine.ipc.core_client import CoreClient
 from wavetrain_engine.ipc.runtime_dir import RuntimeDir
+from wavetrain_engine.text.chat_template import ChatTemplate
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 
@@ -57,6 +58,14 @@ class ModelFiles:
         if tokenizer is None:
             raise ConfigError(f"the model {self.model_name} needs a tokenizer; unset skip_tokenizer_init")
         return tokenizer
+
+    def load_chat_template(self, tokenizer: Tokenizer, *, timeout_s: float) -> ChatTemplate | None:
+        """The checkpoint's chat template; None where it has none.
+
+        Raises:
+            CheckpointError: it is broken.
+        """
+        return ChatTemplate.load(self.config.model.model, tokenizer.named_tokens, timeout_s=timeout_s)
 
     def core_client(self, core_command: Sequence[str] = ()) -> CoreClient:
         """A client of this server's core for this engine.toml, not started yet.

@@ -16,8 +16,10 @@ from wavetrain_engine.text.tokenizer import Tokenizer
 _MAX_UTF8_BYTES_PER_CHAR = 4
 
 
-def encode_prompt(tensors: RequestTensors, row: int, tokenizer: Tokenizer, max_model_len: int) -> tuple[str, list[int]]:
-    """Returns a row's prompt and its token ids.
+def encode_prompt(
+    tensors: RequestTensors, row: int, tokenizer: Tokenizer, max_model_len: int, *, add_special_tokens: bool = True
+) -> tuple[str, list[int]]:
+    """Returns a row's prompt and its token ids, with those that the tokenizer puts around a text or without.
 
     Raises:
         RequestError: it is empty, or not UTF-8.
@@ -29,7 +31,7 @@ def encode_prompt(tensors: RequestTensors, row: int, tokenizer: Tokenizer, max_m
     if len(raw) > max_model_len * tokenizer.max_chars_per_token * _MAX_UTF8_BYTES_PER_CHAR:
         raise PromptTooLong(f"the prompt has {len(raw)} bytes, far more than {max_model_len} tokens; shorten it")
     text = tensors.text("text_input", row) or ""
-    return text, tokenizer.encode(text, max_tokens=max_model_len)
+    return text, tokenizer.encode(text, add_special_tokens, max_tokens=max_model_len)
 
 
 def word_inputs(tensors: RequestTensors, row: int, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -150,8 +150,6 @@ def vllm_sampling_params(
     if tensors.get("top_p") == 0:
         del tensors["top_p"]
     params = SamplingParams.from_mapping({**tensors, **given}, defaults)
-    if params.prompt_logprobs is not None:
-        raise InvalidSamplingParams("prompt_logprobs has no output tensor on this model; leave it out")
     wants_logprobs = inputs.options.return_cumulative_logprob or inputs.options.return_log_probs
     return params.replace(logprobs=0) if wants_logprobs and params.logprobs is None else params
 

@@ -17,8 +17,9 @@ from wavetrain_engine.errors import RequestError, WavetrainError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.ipc.core_client import CoreClient
 from wavetrain_engine.serving.error_codes import error_response
+from wavetrain_engine.serving.llm_prompt import TEMPLATE_TIMEOUT_S, LlmPrompts
 from wavetrain_engine.serving.model_files import ModelFiles
-from wavetrain_engine.serving.prompts import bad_word_ids, biased_token_ids, encode_prompt
+from wavetrain_engine.serving.prompts import bad_word_ids, biased_token_ids
 from wavetrain_engine.serving.tensors import RequestTensors
 from wavetrain_engine.serving.triton_model import TritonModel
 from wavetrain_engine.text.tokenizer import Tokenizer
@@ -33,12 +34,15 @@ class TokenizerServer(TritonModel):
     _client: CoreClient | None = None
     _tokenizer: Tokenizer
     _facts: EngineFacts
+    _prompts: LlmPrompts | None = None
 
     def start(self, files: ModelFiles) -> None:
         """Loads the tokenizer and learns the engine's limits."""
         self._tokenizer = files.require_tokenizer()
         self._client = files.core_client(self.core_command)
         self._facts = self._client.start()
+        template = files.load_chat_template(self._tokenizer, timeout_s=TEMPLATE_TIMEOUT_S)
+        self._prompts = LlmPrompts(self._tokenizer, template, self._facts.max_model_len)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Tokenizes each request's rows."""
@@ -48,6 +52,8 @@ class TokenizerServer(TritonModel):
         """Leaves the core."""
         if self._client is not None:
             self._client.close(_FINALIZE_TIMEOUT_S)
+        if self._prompts is not None:
+            self._prompts.close()
 
     def _respond(self, request: Any) -> Any:
         try:
@@ -63,11 +69,14 @@ class TokenizerServer(TritonModel):
             raise RequestError("the input text_input is missing; send it with every request")
         if any(tensors.texts("decoder_text_input", row) for row in range(tensors.num_rows)):
             raise RequestError("decoder_text_input is not supported yet; leave it out")
+        if self._prompts is None:
+            raise RequestError("the model is not loaded")
         prompts: list[list[int]] = []
         bad_words: list[list[list[int]]] = []
         biases: list[dict[int, float]] = []
         for row in range(tensors.num_rows):
-            prompts.append(encode_prompt(tensors, row, self._tokenizer, self._facts.max_model_len)[1])
+            is_plain = tensors.scalar("add_special_tokens", row) is not False
+            prompts.append(self._prompts.read(tensors, row, add_special_tokens=is_plain).token_ids)
             bad_words.append(bad_word_ids(tensors, row, self._tokenizer))
             biases.append(biased_token_ids(tensors, row, self._tokenizer))
         return [
@@ -75,6 +84,7 @@ class TokenizerServer(TritonModel):
             pb_utils.Tensor("input_lengths", np.array([[len(prompt)] for prompt in prompts], dtype=np.int32)),
             pb_utils.Tensor("bad_words_list", _word_lists(bad_words)),
             pb_utils.Tensor("embedding_bias", self._bias_rows(biases)),
+            pb_utils.Tensor("max_model_len", np.full((len(prompts), 1), self._facts.max_model_len, dtype=np.int32)),
         ]
 
     def _bias_rows(self, biases: list[dict[int, float]]) -> np.ndarray[Any, Any]:

@@ -50,7 +50,9 @@ class ChatTemplate:
         self._close = weakref.finalize(self, self._worker.stop)
 
     @classmethod
-    def load(cls, model_dir: Path | str, named_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    def load(
+        cls, model_dir: Path | str, named_tokens: Mapping[str, str], *, timeout_s: float = TIMEOUT_S
+    ) -> ChatTemplate | None:
         """Reads chat_template.jinja, or else `chat_template` of tokenizer_config.json; None where there is neither.
 
         Raises:
@@ -59,13 +61,14 @@ class ChatTemplate:
         path = Path(model_dir) / "chat_template.jinja"
         if path.is_file():
             try:
-                return cls({"default": path.read_text(encoding="utf-8")}, named_tokens)
+                return cls({"default": path.read_text(encoding="utf-8")}, named_tokens, timeout_s=timeout_s)
             except (OSError, ValueError) as error:
                 raise CheckpointError("chat_template.jinja cannot be read as UTF-8 text") from error
         value: object = read_json(Path(model_dir) / "tokenizer_config.json").get("chat_template")
         if value is None:
             return None
-        return cls({"default": value} if isinstance(value, str) else _named_sources(value), named_tokens)
+        sources = {"default": value} if isinstance(value, str) else _named_sources(value)
+        return cls(sources, named_tokens, timeout_s=timeout_s)
 
     def render(
         self,

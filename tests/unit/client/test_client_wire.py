@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes.triton import ReceivedRequest, legacy_reply, reply, tensor_response
-from wavetrain_client import Chunk, GenerationRequest, Logprob, PerfMetrics, RequestRejected, ServerFailed
+from wavetrain_client import ChatPrompt, Chunk, GenerationRequest, Logprob, PerfMetrics, RequestRejected, ServerFailed
 from wavetrain_client.chunk import join_chunks
 from wavetrain_client.protocol import to_message
 from wavetrain_client.tensor import encode_tensor
@@ -44,6 +45,30 @@ def test_llm_sends_one_json_object_and_flags_without_a_batch_dimension():
         "return_num_output_tokens",
     }
     assert all(shape == [1] for shape in got.shapes.values())
+
+
+def test_llm_takes_token_ids_and_messages_in_place_of_text():
+    got = received([7, 8, 9])
+    assert (got.inputs["text_input"], got.inputs["input_ids"], got.shapes["input_ids"]) == ([b""], [7, 8, 9], [3])
+    messages = [{"role": "user", "content": "né"}]
+    got = received(ChatPrompt(messages=messages, variables={"add_generation_prompt": True}))
+    assert got.inputs["text_input"] == [b""]
+    assert json.loads(got.inputs["messages"][0]) == messages
+    assert json.loads(got.inputs["template_variables"][0]) == {"add_generation_prompt": True}
+    with pytest.raises(RequestRejected, match="must be JSON values"):
+        ChatPrompt(messages=[{"role": object()}])
+
+
+def test_prompt_logprobs_come_once_and_the_first_token_has_none():
+    entries = [{"5": {"logprob": None, "rank": None, "decoded_token": "a"}}, {"6": {"logprob": -1.5, "rank": 2}}]
+    (chunk,) = decode_response(
+        tensor_response(
+            text_output=("BYTES", [1], ["x"]), prompt_logprobs=("BYTES", [1], [json.dumps(entries)])
+        ).infer_response
+    )
+    first, second = chunk.prompt_logprobs
+    assert math.isnan(first[5].logprob)
+    assert second == {6: Logprob(-1.5, 2)}
 
 
 def test_llm_asks_for_logprobs_and_metrics_only_when_wanted():
@@ -131,7 +156,9 @@ def test_stop_names_the_request_and_carries_the_engine_contracts_required_inputs
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"prompt": [1, 2]}, "takes text"),
+        ({"prompt": [1, 2], "model": "ensemble"}, "takes text"),
+        ({"prompt": ChatPrompt(messages=[{}]), "model": "engine"}, "takes token ids"),
+        ({"prompt": [2**40]}, "input_ids must be an integer that fits INT32"),
         ({"prompt": "x", "model": "engine"}, "takes token ids"),
         ({"prompt": "x", "model": "ensemble", "min_p": 0.1}, "min_p cannot be sent to the model 'ensemble'"),
         ({"prompt": "x", "model": "ensemble", "logprobs": 3}, "logprobs=0"),
@@ -141,7 +168,7 @@ def test_stop_names_the_request_and_carries_the_engine_contracts_required_inputs
         ({"prompt": "\ud800"}, "half a surrogate pair"),
         ({"prompt": "x", "stop": object()}, "plain numbers"),
         ({"prompt": [1, "2"], "model": "engine"}, "must hold integers"),
-        ({"prompt": 5}, "must be text or a list of token ids"),
+        ({"prompt": 5}, "must be text, a list of token ids or a ChatPrompt"),
         ({"prompt": "x", "priority": 2**40}, "priority must fit"),
         ({"prompt": "x", "request_id": ""}, "request_id must not be empty"),
     ],

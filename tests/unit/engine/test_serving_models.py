@@ -24,6 +24,7 @@ from wavetrain_engine.serving.engine_server import EngineServer
 from wavetrain_engine.serving.llm_server import LlmServer
 from wavetrain_engine.serving.tokenizer_server import TokenizerServer
 from wavetrain_engine.serving.triton_model import TritonModel
+from wavetrain_engine.text.chat_template import ChatTemplate
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _TIMEOUT_S = 10.0
@@ -40,6 +41,9 @@ class FakeFiles:
         return self._tokenizer
 
     require_tokenizer = load_tokenizer
+
+    def load_chat_template(self, tokenizer: Tokenizer, *, timeout_s: float) -> ChatTemplate | None:
+        return None
 
     def core_client(self, command: Sequence[str]) -> FakeCoreClient:
         return self._client
