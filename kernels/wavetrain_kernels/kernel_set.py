@@ -41,6 +41,7 @@ class KernelSet:
         top_logprobs: (ids_out, logprobs_out, ranks_out, logits, token_ids)
         pack_weight: (weight, is_gated) -> the data of a PackedWeight
         embedding: (out, table, token_ids, scale, is_packed)
+        select_rows: (out, x, indices)
         linear: (out, x, packed, bias)
         gated_linear: (out, x, packed, bias, activation)
         pack_quantized: (weight, dtype, is_gated) -> the data of a PackedWeight for inputs of `dtype`; None where these
@@ -85,6 +86,7 @@ class KernelSet:
     ]
     pack_weight: Callable[[Tensor, bool], Tensor]
     embedding: Callable[[Tensor, Tensor, Tensor, float, bool], None]
+    select_rows: Callable[[Tensor, Tensor, Tensor], None]
     linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
     gated_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str], None]
     pack_quantized: Callable[[QuantizedWeight, torch.dtype, bool], Any | None]

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.wanted_tokens import WantedTokens
 
 # T = tokens in the step.
 
@@ -20,16 +21,22 @@ class Program(Protocol):
         """Within it the calling thread's ops are recorded and not run; their results are where runs will put theirs.
 
         Every op must have one row for each token of the program's capacity; parameters and caches are kept by address.
+        From the first `ops.select_rows` on, runs compute the tokens that they want alone.
 
         Raises:
             UnsupportedDevice: on leaving, if something was called that cannot be recorded.
         """
         ...
 
-    def run(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> None:
-        """Runs the calls for the T tokens of a step, T up to the capacity; results are rows [0, T) of the recorded.
+    def run(
+        self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, wanted: WantedTokens | None = None
+    ) -> None:
+        """Runs the calls for the T tokens of a step, T up to the capacity.
+
+        Results are rows [0, T) of the recorded, and [0, N) of those after a selection.
 
         Args:
             token_ids, positions: [T] int64, contiguous, as the tensors of the metadata are.
+            wanted: what selections take; None: all tokens.
         """
         ...

@@ -16,9 +16,9 @@ from wavetrain_engine.layers.attention import KVCache
 from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.llama import LlamaAttention
-from wavetrain_engine.models.model import Model
+from wavetrain_engine.models.model import Model, select_wanted
 from wavetrain_engine.models.model_config import ModelConfig
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels.ops import AttentionMetadata, WantedTokens
 
 
 def _norm(config: ModelConfig, dtype: torch.dtype) -> RMSNorm:
@@ -50,10 +50,15 @@ class Gemma2Layer(nn.Module):
         positions: Tensor,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
+        wanted: WantedTokens | None,
     ) -> tuple[Tensor, Tensor]:
-        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added."""
+        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added.
+
+        Keys and values are those of all tokens, what is returned that of the wanted ones.
+        """
         x, residual = self.input_layernorm.add(x, residual)
-        x = self.post_attention_layernorm(self.self_attn(x, positions, kv_cache, metadata))
+        x = self.post_attention_layernorm(self.self_attn(x, positions, kv_cache, metadata, wanted))
+        residual = select_wanted(residual, wanted)
         x, residual = self.pre_feedforward_layernorm.add(x, residual)
         return self.post_feedforward_layernorm(self.mlp(x)), residual
 
@@ -72,11 +77,18 @@ class Gemma2(Model):
         return torch.tensor(self.config.hidden_size**0.5).to(self.dtype).item()
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: list[KVCache],
+        metadata: AttentionMetadata,
+        wanted: WantedTokens | None = None,
     ) -> Tensor:
         x, residual = self.embed_tokens(input_ids), None
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, positions, kv_cache, metadata)
+        for index, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches, strict=True), start=1):
+            # Of the last layer only keys and values are needed beyond the tokens that somebody wants.
+            chosen = wanted if index == len(self.layers) else None
+            x, residual = layer(x, residual, positions, kv_cache, metadata, chosen)
         return self.norm.add(x, residual)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from wavetrain_engine.layers.attention import KVCache, PagedAttention
 from wavetrain_engine.layers.linear import Linear, MergedLinear
 from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rotary import RotaryEmbedding
-from wavetrain_engine.models.model import Model
+from wavetrain_engine.models.model import Model, select_wanted
 from wavetrain_engine.models.model_config import ModelConfig
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels import ops
+from wavetrain_kernels.ops import AttentionMetadata, WantedTokens
 
 
 class LlamaAttention(nn.Module):
@@ -39,10 +40,20 @@ class LlamaAttention(nn.Module):
             soft_cap=config.attention_soft_cap,
         )
 
-    def forward(self, x: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        wanted: WantedTokens | None,
+    ) -> Tensor:
+        """Takes x [T, H]; returns [T, H], or [N, H] of the wanted tokens."""
         qkv = self.qkv_proj(x).split(self.split_sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
         query = self.rotary(query, key, value, positions, kv_cache, metadata.slot_mapping, self.head_norms())
+        if wanted is not None:
+            query, metadata = ops.select_rows(query, wanted.indices), wanted.metadata
         return self.o_proj(self.attention(query, kv_cache, metadata))
 
     def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
@@ -80,10 +91,14 @@ class LlamaLayer(nn.Module):
         positions: Tensor,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
+        wanted: WantedTokens | None,
     ) -> tuple[Tensor, Tensor]:
-        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added."""
+        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added.
+
+        Keys and values are those of all tokens, what is returned that of the wanted ones.
+        """
         x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, positions, kv_cache, metadata)
+        x, residual = self.self_attn(x, positions, kv_cache, metadata, wanted), select_wanted(residual, wanted)
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
@@ -100,9 +115,16 @@ class Llama(Model):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: list[KVCache],
+        metadata: AttentionMetadata,
+        wanted: WantedTokens | None = None,
     ) -> Tensor:
         x, residual = self.embed_tokens(input_ids), None
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, positions, kv_cache, metadata)
+        for index, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches, strict=True), start=1):
+            # Of the last layer only keys and values are needed beyond the tokens that somebody wants.
+            chosen = wanted if index == len(self.layers) else None
+            x, residual = layer(x, residual, positions, kv_cache, metadata, chosen)
         return self.norm.add(x, residual)[0]

@@ -16,8 +16,9 @@ from wavetrain_engine.layers.moe import ExpertNames, MixtureOfExperts
 from wavetrain_engine.layers.norm import RMSNorm
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.llama import Llama, LlamaAttention
+from wavetrain_engine.models.model import select_wanted
 from wavetrain_engine.models.model_config import ModelConfig
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels.ops import AttentionMetadata, WantedTokens
 
 _NAMES = ExpertNames(gate="w1", up="w3", down="w2")
 
@@ -55,10 +56,14 @@ class MixtralLayer(nn.Module):
         positions: Tensor,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
+        wanted: WantedTokens | None,
     ) -> tuple[Tensor, Tensor]:
-        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added."""
+        """Takes the last layer's output and its residual (None: the embeddings); returns this one's, not yet added.
+
+        Keys and values are those of all tokens, what is returned that of the wanted ones.
+        """
         x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, positions, kv_cache, metadata)
+        x, residual = self.self_attn(x, positions, kv_cache, metadata, wanted), select_wanted(residual, wanted)
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.block_sparse_moe(x), residual
 

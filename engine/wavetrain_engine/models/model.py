@@ -13,7 +13,8 @@ from wavetrain_engine.layers.moe import MixtureOfExperts
 from wavetrain_engine.layers.parameter import allocate_parameters
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.model_config import ModelConfig
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels import ops
+from wavetrain_kernels.ops import AttentionMetadata, WantedTokens
 
 # T = tokens of the step, H = hidden size, N = rows whose logits are wanted, V = vocabulary size.
 
@@ -53,11 +54,16 @@ class Model(nn.Module):
                 module.allocate(self.device)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: list[KVCache],
+        metadata: AttentionMetadata,
+        wanted: WantedTokens | None = None,
     ) -> Tensor:
         """Takes input_ids [T], positions [T] and a KV cache for each layer, which it writes to.
 
-        Returns the final hidden states [T, H].
+        Returns the final hidden states [T, H], or [N, H] of the wanted tokens; the cache gets those of all.
         """
         raise NotImplementedError
 
@@ -66,3 +72,8 @@ class Model(nn.Module):
         output = self.embed_tokens.project if isinstance(self.embed_tokens, TiedEmbedding) else self.lm_head
         assert output is not None, "a model that is not tied has an output head"
         return output(hidden)
+
+
+def select_wanted(x: Tensor, wanted: WantedTokens | None) -> Tensor:
+    """Returns the rows of x [T, H] that are wanted; None: all of them."""
+    return x if wanted is None else ops.select_rows(x, wanted.indices)

@@ -22,7 +22,7 @@ from wavetrain_engine.worker.live_requests import LiveRequests
 from wavetrain_engine.worker.prompt_scores import PromptScores, score_prompts
 from wavetrain_engine.worker.step_program import StepProgram
 from wavetrain_engine.worker.step_result import make_result
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels.ops import AttentionMetadata, WantedTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +71,22 @@ class ModelRunner:
             return StepResult(sampled_token_ids=[])
         inputs = self._requests.batch.inputs(plan.scheduled)
         tensors = self._step_tensors(inputs)
-        hidden = self._forward(tensors)
+        sampling = [index for index, item in enumerate(plan.scheduled) if item.is_sampling]
+        wanted = None if self._requests.has_scored else _wanted_tokens(tensors, sampling)
+        hidden = self._forward(tensors, wanted)
         scores: list[PromptScores] = []
         if self._requests.has_scored:
             spans = self._requests.prompt_spans(plan.scheduled, inputs.query_start_loc)
             scores = score_prompts(self._model, hidden, spans)
-        sampling = [index for index, item in enumerate(plan.scheduled) if item.is_sampling]
         tokens = self._sample(inputs, hidden, sampling) if sampling else None
         return make_result(len(plan.scheduled), sampling, tokens, scores)
 
-    def _forward(self, tensors: _StepTensors) -> Tensor:
+    def _forward(self, tensors: _StepTensors, wanted: WantedTokens | None) -> Tensor:
+        """Returns the hidden states of the wanted tokens; None: of all."""
         token_ids, positions, metadata = tensors.token_ids, tensors.positions, tensors.metadata
         if self._program is not None and token_ids.shape[0] <= self._program.capacity:
-            return self._program.run(token_ids, positions, metadata)
-        return self._model.forward(token_ids, positions, self._kv_caches, metadata)
+            return self._program.run(token_ids, positions, metadata, wanted)
+        return self._model.forward(token_ids, positions, self._kv_caches, metadata, wanted)
 
     def _step_tensors(self, inputs: StepInputs) -> _StepTensors:
         last = self._tensors
@@ -107,10 +109,9 @@ class ModelRunner:
 
     def _sample(self, inputs: StepInputs, hidden: Tensor, sampling: list[int]) -> SampledTokens:
         """Samples, and appends what was sampled to rows without an error."""
-        rows = inputs.rows
+        rows = inputs.rows if len(sampling) == len(inputs.rows) else inputs.rows[sampling]
         if len(sampling) < hidden.shape[0]:  # some tokens are not the last of their request
-            rows = rows[sampling]
-            hidden = hidden[torch.from_numpy(inputs.query_start_loc[1:][sampling].astype(np.int64) - 1)]
+            hidden = hidden[_last_tokens(inputs, sampling)]
         batch = self._requests.state.batch(rows.tolist())
         tokens = self._sampler.sample(self._model.compute_logits(hidden), batch)
         token_ids = tokens.token_ids
@@ -120,3 +121,25 @@ class ModelRunner:
         self._requests.batch.append_tokens(rows, np.asarray(token_ids, dtype=np.int64))
         self._requests.state.append(rows.tolist(), token_ids)
         return tokens
+
+
+def _last_tokens(inputs: StepInputs, sampling: list[int]) -> Tensor:
+    """Returns where the last tokens of some of the step's requests are among its tokens, [N] int64."""
+    return torch.from_numpy(inputs.query_start_loc[1:][sampling].astype(np.int64) - 1)
+
+
+def _wanted_tokens(tensors: _StepTensors, sampling: list[int]) -> WantedTokens | None:
+    """Returns the tokens that are sampled from; None: all are."""
+    inputs = tensors.inputs
+    if len(sampling) == len(inputs.token_ids):
+        return None
+    indices = _last_tokens(inputs, sampling)
+    return WantedTokens(
+        indices,
+        AttentionMetadata.build(
+            [1] * len(sampling),
+            inputs.seq_lens[sampling].tolist(),
+            tensors.metadata.block_tables.index_select(0, torch.tensor(sampling, dtype=torch.int64)),
+            tensors.metadata.slot_mapping[indices],
+        ),
+    )

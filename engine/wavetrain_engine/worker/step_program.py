@@ -12,7 +12,7 @@ from wavetrain_engine.layers.attention import KVCache
 from wavetrain_engine.models.model import Model
 from wavetrain_kernels import ops
 from wavetrain_kernels.errors import UnsupportedDevice
-from wavetrain_kernels.ops import AttentionMetadata, Program
+from wavetrain_kernels.ops import AttentionMetadata, Program, WantedTokens
 
 # T = tokens of the step, H = hidden size.
 
@@ -31,10 +31,12 @@ class StepProgram:
         """The most tokens of a step."""
         return self._hidden.shape[0]
 
-    def run(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Returns what `Model.forward` does, [T, H]; valid until the next run."""
-        self._program.run(token_ids, positions, metadata)
-        return self._hidden[: token_ids.shape[0]]
+    def run(
+        self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, wanted: WantedTokens | None = None
+    ) -> Tensor:
+        """Returns what `Model.forward` does, [T, H] or [N, H]; valid until the next run."""
+        self._program.run(token_ids, positions, metadata, wanted)
+        return self._hidden[: (token_ids if wanted is None else wanted.indices).shape[0]]
 
 
 @torch.inference_mode()
@@ -54,7 +56,7 @@ def record_step(
     try:
         with program.record():
             metadata = _metadata([1] * capacity, [max_model_len] * capacity, block_size, ids)
-            hidden = model.forward(ids, ids, kv_caches, metadata)
+            hidden = model.forward(ids, ids, kv_caches, metadata, WantedTokens(ids, metadata))
     except UnsupportedDevice as error:
         _LOG.warning("steps run layer by layer: %s", error)
         return None
@@ -67,7 +69,10 @@ def _agrees(step: StepProgram, model: Model, kv_caches: list[KVCache], block_siz
     ids = torch.arange(num_tokens, device=device)
     metadata = _metadata([num_tokens], [num_tokens], block_size, ids)
     expected = model.forward(ids, ids, kv_caches, metadata)
-    is_equal = torch.equal(expected, step.run(ids, ids, metadata))
+    last = WantedTokens(ids[-1:], _metadata([1], [num_tokens], block_size, ids[-1:]))
+    is_equal = torch.equal(expected, step.run(ids, ids, metadata)) and torch.equal(
+        expected[-1:], step.run(ids, ids, metadata, last)
+    )
     if not is_equal:
         _LOG.warning("steps run layer by layer: their recording computes something else")
     return is_equal

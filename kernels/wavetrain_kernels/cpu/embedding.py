@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking up rows of a table, plain or packed; bfloat16. Other dtypes go to the reference."""
+"""Looking up rows, of a table, plain or packed, or of a step; bfloat16. Other dtypes go to the reference."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from wavetrain_kernels.cpu.library import Library
 from wavetrain_kernels.reference import embedding as reference
+from wavetrain_kernels.reference import rows as reference_rows
 
 
 class EmbeddingKernels:
@@ -31,3 +34,13 @@ class EmbeddingKernels:
             scale,
             is_packed,
         )
+
+    def select_rows(self, out: Tensor, x: Tensor, indices: Tensor) -> None:
+        """out [N, ...] = rows of x [T, ...]."""
+        if out.dtype != torch.bfloat16:
+            reference_rows.select_rows(out, x, indices)
+            return
+        indices = indices.contiguous()
+        num_rows = indices.shape[0]
+        size = math.prod(out.shape[1:])
+        self._library.select_rows(out.data_ptr(), x.data_ptr(), indices.data_ptr(), num_rows, size)

@@ -63,7 +63,7 @@ def kernels_of(path: Path) -> KernelSet:
     """
     library = Library(path)
     linear, norm, sampling = LinearKernels(library), NormKernels(library), SamplingKernels(library)
-    moe = MoeKernels(library)
+    embedding, moe = EmbeddingKernels(library), MoeKernels(library)
     return dataclasses.replace(
         REFERENCE,
         name="cpu",
@@ -74,7 +74,8 @@ def kernels_of(path: Path) -> KernelSet:
         add_rms_norm=norm.add_rms_norm,
         rotate_and_cache=RotaryKernels(library).rotate_and_cache,
         pack_weight=linear.pack_weight,
-        embedding=EmbeddingKernels(library).embedding,
+        embedding=embedding.embedding,
+        select_rows=embedding.select_rows,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
         empty_experts=moe.empty_experts,

@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "program_run": (*[_POINTER] * 2,),
     "pack_weight": (*[_POINTER] * 2, *[_INT64] * 3, _INT),
     "embedding": (*[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT),
+    "select_rows": (*[_POINTER] * 3, *[_INT64] * 2),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT, _INT),
     "route_experts": (*[_POINTER] * 3, *[_INT64] * 3, _INT),
     "fused_moe": (*[_POINTER] * 7, *[_INT64] * 6, _INT),

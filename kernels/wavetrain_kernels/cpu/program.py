@@ -16,6 +16,7 @@ from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.cpu.library import Library
 from wavetrain_kernels.cpu.memory import huge_zeros
 from wavetrain_kernels.errors import UnsupportedDevice
+from wavetrain_kernels.wanted_tokens import WantedTokens
 
 
 class _Step(ctypes.Structure):
@@ -48,7 +49,8 @@ class CpuProgram:
         weakref.finalize(self, library.program_free, self._handle)
         self._arena = _Arena()
         self._num_scratch_bytes = 0
-        self._step = _Step()
+        self._stages = (_Step * 2)()
+        self._all_tokens = torch.arange(capacity)
         self._scratch: Tensor | None = None
 
     @contextmanager
@@ -59,21 +61,19 @@ class CpuProgram:
         if not self._library.program_is_sound(self._handle):
             raise UnsupportedDevice("a call that is not over the tokens of a step cannot be recorded")
         self._scratch = huge_zeros((self._num_scratch_bytes,), torch.uint8)
-        self._step.workspace = self._scratch.data_ptr()
+        for stage in self._stages:
+            stage.workspace = self._scratch.data_ptr()
 
-    def run(self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> None:
+    def run(
+        self, token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, wanted: WantedTokens | None = None
+    ) -> None:
         """See Program."""
-        step = self._step
-        step.num_tokens = token_ids.shape[0]
-        step.num_rows = metadata.num_requests
-        step.table_stride = metadata.block_tables.stride(0)
-        step.token_ids = token_ids.data_ptr()
-        step.positions = positions.data_ptr()
-        step.slots = metadata.slot_mapping.data_ptr()
-        step.query_start_loc = metadata.query_start_loc.data_ptr()
-        step.seq_lens = metadata.seq_lens.data_ptr()
-        step.block_tables = metadata.block_tables.data_ptr()
-        self._library.program_run(self._handle, ctypes.byref(step))
+        if wanted is None:
+            wanted = WantedTokens(self._all_tokens[: token_ids.shape[0]], metadata)
+        _fill(self._stages[0], token_ids, metadata)
+        self._stages[0].positions = positions.data_ptr()
+        _fill(self._stages[1], wanted.indices, wanted.metadata)
+        self._library.program_run(self._handle, ctypes.byref(self._stages))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See Recorder."""
@@ -82,6 +82,17 @@ class CpuProgram:
     def scratch(self, num_bytes: int) -> None:
         """See Recorder."""
         self._num_scratch_bytes = max(self._num_scratch_bytes, num_bytes)
+
+
+def _fill(stage: _Step, token_ids: Tensor, metadata: AttentionMetadata) -> None:
+    stage.num_tokens = token_ids.shape[0]
+    stage.num_rows = metadata.num_requests
+    stage.table_stride = metadata.block_tables.stride(0)
+    stage.token_ids = token_ids.data_ptr()
+    stage.slots = metadata.slot_mapping.data_ptr()
+    stage.query_start_loc = metadata.query_start_loc.data_ptr()
+    stage.seq_lens = metadata.seq_lens.data_ptr()
+    stage.block_tables = metadata.block_tables.data_ptr()
 
 
 class _Arena:

@@ -15,6 +15,7 @@ from wavetrain_kernels.ops.lora import lora_expand, lora_shrink, sort_by_adapter
 from wavetrain_kernels.ops.moe import empty_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotate_and_cache
+from wavetrain_kernels.ops.rows import select_rows
 from wavetrain_kernels.ops.sampling import (
     apply_penalties,
     filter_thresholds,
@@ -27,6 +28,7 @@ from wavetrain_kernels.packed_weight import PackedWeight
 from wavetrain_kernels.program import Program
 from wavetrain_kernels.quantized_weight import QuantizationScheme, QuantizedWeight
 from wavetrain_kernels.reference.quantized_linear import dequantize
+from wavetrain_kernels.wanted_tokens import WantedTokens
 
 __all__ = [
     "AttentionMetadata",
@@ -38,6 +40,7 @@ __all__ = [
     "Program",
     "QuantizationScheme",
     "QuantizedWeight",
+    "WantedTokens",
     "add_rms_norm",
     "allocate_kv_cache",
     "apply_penalties",
@@ -63,6 +66,7 @@ __all__ = [
     "route_experts",
     "sample",
     "sample_greedy",
+    "select_rows",
     "sort_by_adapter",
     "top_logprobs",
 ]

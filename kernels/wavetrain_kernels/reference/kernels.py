@@ -20,6 +20,7 @@ from wavetrain_kernels.reference.moe import empty_experts, fused_moe, pack_exper
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.quantized_linear import pack_quantized, quantized_gated_linear, quantized_linear
 from wavetrain_kernels.reference.rotary import rotate_and_cache
+from wavetrain_kernels.reference.rows import select_rows
 from wavetrain_kernels.reference.sampling import (
     apply_penalties,
     filter_thresholds,
@@ -51,6 +52,7 @@ REFERENCE = KernelSet(
     paged_attention=paged_attention,
     pack_weight=pack_weight,
     embedding=embedding,
+    select_rows=select_rows,
     linear=linear,
     gated_linear=gated_linear,
     pack_quantized=pack_quantized,

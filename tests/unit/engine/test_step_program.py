@@ -17,7 +17,7 @@ from wavetrain_engine.weights.loader import load_weights
 from wavetrain_engine.worker.kv_cache import allocate_kv_caches
 from wavetrain_engine.worker.step_program import record_step
 from wavetrain_kernels.errors import UnsupportedDevice
-from wavetrain_kernels.ops import AttentionMetadata, choose_kernels
+from wavetrain_kernels.ops import AttentionMetadata, WantedTokens, choose_kernels
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS, CAPACITY = 16, 32, 48
@@ -85,6 +85,35 @@ def test_the_recording_computes_what_the_model_does(checkpoints: TinyCheckpoints
     for recorded, cache in zip(recorded_caches, caches, strict=True):
         used = cache.key[1:] != 0  # block 0 was written to while it was recorded
         assert torch.equal(recorded.key[1:][used], cache.key[1:][used])
+
+
+def wanted_tokens(metadata: AttentionMetadata, rows: list[int]) -> WantedTokens:
+    """The last token of some rows of a step."""
+    indices = metadata.query_start_loc[1:][rows].long() - 1
+    lens = [metadata.host_seq_lens[row] for row in rows]
+    tables, slots = metadata.block_tables.index_select(0, torch.tensor(rows).long()), metadata.slot_mapping[indices]
+    return WantedTokens(indices, AttentionMetadata.build([1] * len(rows), lens, tables, slots))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3-moe"])
+def test_wanted_tokens_come_out_as_among_all(checkpoints: TinyCheckpoints, family: str) -> None:
+    model = load(checkpoints.get(family, dtype=torch.bfloat16))
+    program, recorded_caches = record(model)
+    assert program is not None
+    all_caches, caches = (allocate_kv_caches(model.kv_cache_spec(), NUM_BLOCKS, BLOCK_SIZE, CPU) for _ in range(2))
+    for positions, metadata in steps():
+        token_ids = torch.randint(3, 500, positions.shape)
+        all_hidden = model.forward(token_ids, positions, all_caches, metadata)
+        for rows in ([*range(metadata.num_requests)], [0], []):
+            wanted = wanted_tokens(metadata, rows)
+            expected = all_hidden[wanted.indices]
+            assert torch.equal(model.forward(token_ids, positions, caches, metadata, wanted), expected)
+            assert torch.equal(program.run(token_ids, positions, metadata, wanted), expected)
+    for recorded, cache, expected_cache in zip(recorded_caches, caches, all_caches, strict=True):
+        assert torch.equal(cache.value, expected_cache.value)
+        used = cache.value[1:] != 0
+        assert torch.equal(recorded.value[1:][used], cache.value[1:][used])
 
 
 @torch.inference_mode()

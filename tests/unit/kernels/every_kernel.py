@@ -79,6 +79,7 @@ def run_linears() -> None:
         for table in (packed, weight):
             assert torch.equal(ops.embedding(torch.arange(num_outputs), table), weight)
             ops.embedding(torch.arange(num_outputs), table, scale=3.0)
+        assert torch.equal(ops.select_rows(weight, torch.arange(num_outputs)), weight)
         gated = ops.pack_weight(weight, is_gated=True)
         ops.gated_linear(x, gated, "silu")
         ops.gated_linear(x, gated, "gelu_tanh", bias)

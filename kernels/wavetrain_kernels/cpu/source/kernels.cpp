@@ -35,7 +35,7 @@ void wavetrain_program_record(void* program) { recording() = (Program*)program; 
 
 int wavetrain_program_is_sound(const void* program) { return ((const Program*)program)->is_sound(); }
 
-void wavetrain_program_run(const void* program, const Step* step) { ((const Program*)program)->replay(*step); }
+void wavetrain_program_run(const void* program, const Step* steps) { ((const Program*)program)->replay(steps); }
 
 void wavetrain_pack_weight(bf16* packed, const bf16* weight, int64_t stride, int64_t n, int64_t k, int is_gated) {
     pack_weight(packed, weight, stride, n, k, is_gated);
@@ -44,6 +44,10 @@ void wavetrain_pack_weight(bf16* packed, const bf16* weight, int64_t stride, int
 void wavetrain_embedding(bf16* out, const bf16* table, const int64_t* rows, int64_t num_rows, int64_t k, float scale,
                          int is_packed) {
     submit(Embedding{out, table, rows, num_rows, k, scale, is_packed != 0});
+}
+
+void wavetrain_select_rows(bf16* out, const bf16* x, const int64_t* indices, int64_t num_rows, int64_t k) {
+    submit(Selection{{out, x, indices, num_rows, k, 1.0f, false}});
 }
 
 void wavetrain_linear(void* out, const bf16* x, const bf16* packed, const bf16* bias, bf16* workspace, int64_t out_stride,

@@ -86,6 +86,9 @@ inline void run(const Embedding& op) {
     }
 }
 
+// Rows of what a step has computed so far: those it wants.
+struct Selection : Embedding {};
+
 // Rows [begin, end) of x as tiles of A: [rows / 32][steps][2] tiles, so that two tiles of rows are one stream.
 inline void pack_rows(bf16* packed, const bf16* x, int64_t stride, int64_t begin, int64_t end, int64_t k) {
     int64_t steps = ceil_div(k, kDepth);

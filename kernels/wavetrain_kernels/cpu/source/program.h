@@ -7,18 +7,25 @@
 //     num_tokens()           the tokens it was recorded for
 //     is_large()             whether one call of it alone is worth waking the other threads
 // and a function run(operation), which all threads of a team call together. It may end before the other threads have.
+//
+// A step has two stages: all its tokens, and from the first Selection on those whose outcome somebody wants. Of the last
+// layer of a prompt that leaves the keys and values.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
 #include <vector>
 
 #include "tile.h"
 
 namespace wavetrain {
 
-// What changes from step to step. Declared alike in wavetrain_kernels/cpu/program.py.
+struct Selection;
+
+// What changes from step to step, for one of its stages; token_ids of the second are indices of the first one's tokens.
+// Declared alike in wavetrain_kernels/cpu/program.py.
 struct Step {
     int64_t num_tokens, num_rows, table_stride;
     const int64_t *token_ids, *positions, *slots;                    // [num_tokens]
@@ -33,21 +40,23 @@ class Program {
     template <typename Operation>
     void append(const Operation& operation) {
         is_sound_ = is_sound_ && operation.num_tokens() == capacity_;
+        if (std::is_same_v<Operation, Selection>) stage_ = 1;
         size_t offset = memory_.size();
         memory_.resize(offset + sizeof operation);
         memcpy(memory_.data() + offset, &operation, sizeof operation);
-        calls_.push_back({&call<Operation>, offset});
+        calls_.push_back({&call<Operation>, offset, stage_});
     }
 
     // Whether every recorded operation was one over the tokens of the step.
     bool is_sound() const { return is_sound_; }
 
-    void replay(const Step& step) const {
+    void replay(const Step* stages) const {
 #pragma omp parallel
         {
             TileScope tiles;
             for (const Call& one : calls_) {
-                one.function(memory_.data() + one.offset, step, capacity_);
+                if (stages[one.stage].num_tokens == 0) continue;   // a chunk of a prompt that nothing is sampled from
+                one.function(memory_.data() + one.offset, stages[one.stage], capacity_);
 #pragma omp barrier
             }
         }
@@ -57,6 +66,7 @@ class Program {
     struct Call {
         void (*function)(const char* operation, const Step& step, int64_t capacity);
         size_t offset;
+        int stage;
     };
 
     template <typename Operation>
@@ -70,6 +80,7 @@ class Program {
     std::vector<char> memory_;
     std::vector<Call> calls_;
     int64_t capacity_;
+    int stage_ = 0;
     bool is_sound_ = true;
 };
 
