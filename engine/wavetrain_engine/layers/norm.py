@@ -17,14 +17,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = empty_parameter(size, dtype=dtype)
         self.eps = eps
-        self._weight_offset = weight_offset
+        self.weight_offset = weight_offset
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalized x."""
-        return ops.rms_norm(x, self.weight, self.eps, weight_offset=self._weight_offset)
+        return ops.rms_norm(x, self.weight, self.eps, weight_offset=self.weight_offset)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns (normalized x + residual, x + residual); without a residual yet, x begins it."""
         if residual is None:
             return self.forward(x), x
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, weight_offset=self._weight_offset)
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, weight_offset=self.weight_offset)
