@@ -11,6 +11,9 @@ from pathlib import Path
 
 from wavetrain_cli.errors import CommandError
 from wavetrain_engine.config import EngineConfig
+from wavetrain_engine.gguf.gguf_file import GgufFile
+from wavetrain_engine.gguf.vocabulary import check_tokenizer
+from wavetrain_engine.model_location import ModelLocation
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.weights.checkpoint import Checkpoint
 
@@ -20,10 +23,15 @@ def check_checkpoint(config: EngineConfig) -> None:
 
     Raises:
         CommandError: there is no tokenizer.
-        CheckpointError, ConfigError: as ModelConfig.load and Checkpoint.open.
+        CheckpointError, ConfigError: as ModelConfig.load and Checkpoint.open; or a GGUF file's tokenizer is not served.
     """
-    model_dir = Path(config.model.model)
-    ModelConfig.load(model_dir)
-    Checkpoint.open(model_dir)
-    if not config.model.skip_tokenizer_init and not (model_dir / "tokenizer.json").is_file():
-        raise CommandError(f"{model_dir} has no tokenizer.json; --skip-tokenizer-init serves token ids without one")
+    model = Path(config.model.model)
+    ModelConfig.load(model)
+    Checkpoint.open(model)
+    if config.model.skip_tokenizer_init:
+        return
+    gguf = ModelLocation.find(model).gguf
+    if gguf is not None:
+        check_tokenizer(GgufFile.open(gguf).metadata)
+    elif not (model / "tokenizer.json").is_file():
+        raise CommandError(f"{model} has no tokenizer.json; --skip-tokenizer-init serves token ids without one")

@@ -77,15 +77,15 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def engine_config(arguments: argparse.Namespace, *, model_dir: Path | None, base: EngineConfig) -> EngineConfig:
+def engine_config(arguments: argparse.Namespace, *, model_path: Path | None, base: EngineConfig) -> EngineConfig:
     """The configuration that the flags ask for, over `base`.
 
     Raises:
         ConfigError: a value is out of range.
     """
     given = {name: value for name, value in vars(arguments).items() if name in engine_options()}
-    if model_dir is not None:
-        given["model"] = str(model_dir)
+    if model_path is not None:
+        given["model"] = str(model_path)
     return EngineConfig.from_flags(given, base)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from wavetrain_cli.errors import CommandError
 from wavetrain_engine.config import EngineConfig
+from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.model_location import ModelLocation
 
 ENGINE_TOML = Path("engine", "1", "engine.toml")
 _ENGINE_PBTXT = Path("engine", "config.pbtxt")
@@ -32,20 +34,17 @@ def packaged_repository() -> Path:
     raise CommandError("the packaged model repository is missing; install wavetrain again")
 
 
-def resolve_model_dir(model_dir: str) -> Path:
-    """The absolute path of a checkpoint directory.
+def resolve_model_path(named: str) -> Path:
+    """The absolute path of a checkpoint directory or a GGUF file.
 
     Raises:
-        CommandError: there is no such directory.
+        CommandError: there is none.
     """
-    path = Path(model_dir).expanduser().absolute()
-    if not path.exists():
-        raise CommandError(f"there is no checkpoint directory {path}")
-    if not path.is_dir():
-        raise CommandError(
-            f"{path} is not a directory; give the folder that holds config.json and the safetensors files"
-        )
-    return path
+    path = Path(named).expanduser().absolute()
+    try:
+        return ModelLocation.find(path).path
+    except CheckpointError as error:
+        raise CommandError(f"{path}: {error}") from error
 
 
 def build_repository(config: EngineConfig, out: Path, *, force: bool = False) -> None:

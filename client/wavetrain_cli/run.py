@@ -18,7 +18,7 @@ from wavetrain_cli.checkpoint_check import check_checkpoint
 from wavetrain_cli.completer import Completer, LocalCompleter, RemoteCompleter
 from wavetrain_cli.engine_flags import FlagParser, add_engine_flags, engine_config, has_engine_flags
 from wavetrain_cli.errors import CommandError
-from wavetrain_cli.repository import ENGINE_TOML, packaged_repository, resolve_model_dir
+from wavetrain_cli.repository import ENGINE_TOML, packaged_repository, resolve_model_path
 from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.environment import Environment
 from wavetrain_engine.errors import WavetrainError
@@ -40,7 +40,10 @@ def create_parser() -> FlagParser:
     where = parser.add_mutually_exclusive_group()
     # Not `model`, which is the engine option of that name.
     where.add_argument(
-        "--model", dest="model_dir", metavar="DIR", help="checkpoint directory (default: the demo model)"
+        "--model",
+        dest="model_path",
+        metavar="MODEL",
+        help="checkpoint directory or GGUF file (default: the demo model)",
     )
     where.add_argument(
         "--url", metavar="HOST:PORT", help="a server's gRPC address, in place of an engine in this process"
@@ -83,11 +86,11 @@ def _create_completer(given: argparse.Namespace) -> Completer:
             return RemoteCompleter(given.url)
         except ValueError as error:
             raise CommandError(f"--url: {error}", exit_code=2) from error
-    if given.model_dir is None:
-        base, model_dir = EngineConfig.load(packaged_repository() / ENGINE_TOML), None
+    if given.model_path is None:
+        base, model_path = EngineConfig.load(packaged_repository() / ENGINE_TOML), None
     else:
-        base, model_dir = EngineConfig(), resolve_model_dir(given.model_dir)
-    config = engine_config(given, model_dir=model_dir, base=base)
+        base, model_path = EngineConfig(), resolve_model_path(given.model_path)
+    config = engine_config(given, model_path=model_path, base=base)
     check_checkpoint(config)
     with Console(stderr=True).status("loading the model"):
         return LocalCompleter(config)

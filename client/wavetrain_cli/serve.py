@@ -13,7 +13,7 @@ from wavetrain_cli.display import Display
 from wavetrain_cli.engine_flags import FlagParser, add_engine_flags, engine_config, has_engine_flags
 from wavetrain_cli.errors import CommandError
 from wavetrain_cli.ports import check_ports
-from wavetrain_cli.repository import ENGINE_TOML, build_repository, packaged_repository, resolve_model_dir
+from wavetrain_cli.repository import ENGINE_TOML, build_repository, packaged_repository, resolve_model_path
 from wavetrain_cli.server_log import ServerLog
 from wavetrain_cli.shared_memory import SharedMemory
 from wavetrain_cli.supervisor import Supervisor, SupervisorPolicy
@@ -48,7 +48,10 @@ def create_parser() -> FlagParser:
         description="Serves a checkpoint on the Triton server, until Ctrl-C or SIGTERM; by default the demo model.",
     )
     parser.add_argument(
-        "model_dir", metavar="MODEL_DIR", nargs="?", help="checkpoint directory (Hugging Face layout, safetensors)"
+        "model_path",
+        metavar="MODEL",
+        nargs="?",
+        help="checkpoint directory (Hugging Face layout, safetensors), or a GGUF file",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="(default: %(default)s)")
@@ -120,15 +123,15 @@ def main(arguments: list[str], environment: Environment) -> int:
 
 
 def _prepare_repository(given: argparse.Namespace, cache_dir: Path) -> _Repository:
-    if given.model_dir is None:
+    if given.model_path is None:
         packaged = packaged_repository()
         config, prompt = EngineConfig.load(packaged / ENGINE_TOML), _DEMO_PROMPT
         if not has_engine_flags(given):
             return _Repository(path=packaged, config=config, prompt=prompt)
-        config = engine_config(given, model_dir=None, base=config)
+        config = engine_config(given, model_path=None, base=config)
     else:
-        model_dir, prompt = resolve_model_dir(given.model_dir), _PROMPT
-        config = engine_config(given, model_dir=model_dir, base=EngineConfig())
+        model_path, prompt = resolve_model_path(given.model_path), _PROMPT
+        config = engine_config(given, model_path=model_path, base=EngineConfig())
     check_checkpoint(config)
     # The port is ours alone, so no other server reads the repository that is replaced here.
     path = cache_dir / "repositories" / f"serve-{given.http_port}"

@@ -10,6 +10,9 @@ from typing import Any, cast
 import msgspec
 
 from wavetrain_engine.errors import CheckpointError, InvalidSamplingParams
+from wavetrain_engine.gguf.gguf_file import GgufFile
+from wavetrain_engine.gguf.model_values import generation_values
+from wavetrain_engine.model_location import ModelLocation
 from wavetrain_engine.sampling_params import SamplingParams
 
 
@@ -33,15 +36,14 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def load(cls, model_dir: Path) -> GenerationConfig:
-        """Reads generation_config.json, with config.json's token ids where it has none.
+        """Reads generation_config.json, with config.json's token ids where it has none; or a GGUF file's metadata.
 
         Raises:
             CheckpointError: a file is there but is not a JSON object, or a value has a wrong type or is one that
-                no request could ask for.
+                no request could ask for; or there is no model.
         """
-        values = _read(model_dir / "config.json") | {
-            key: value for key, value in _read(model_dir / "generation_config.json").items() if value is not None
-        }
+        gguf = ModelLocation.find(model_dir).gguf
+        values = _values(model_dir) if gguf is None else generation_values(GgufFile.open(gguf))
         eos = values.get("eos_token_id")
         eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
         known = {name: values[name] for name in cls.__struct_fields__ if values.get(name) is not None}
@@ -52,7 +54,8 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
             loaded = msgspec.structs.replace(loaded, eos_token_ids=ends)
             loaded.sampling_defaults()  # refused now, not at the first request
         except (msgspec.ValidationError, InvalidSamplingParams) as error:
-            raise CheckpointError(f"generation_config.json: {error}") from error
+            where = "generation_config.json" if gguf is None else f"{gguf.name}, its sampling defaults"
+            raise CheckpointError(f"{where}: {error}") from error
         return loaded
 
     def sampling_defaults(self) -> SamplingParams:
@@ -60,6 +63,11 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         values = {name: getattr(self, name) for name in names} | {"max_tokens": self.max_new_tokens}
         return SamplingParams.from_mapping({name: value for name, value in values.items() if value is not None})
+
+
+def _values(model_dir: Path) -> dict[str, Any]:
+    generation = _read(model_dir / "generation_config.json")
+    return _read(model_dir / "config.json") | {key: value for key, value in generation.items() if value is not None}
 
 
 def _read(path: Path) -> dict[str, Any]:

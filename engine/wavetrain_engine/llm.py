@@ -41,7 +41,7 @@ class LLM:
     a context manager: it holds the model's memory and a thread until then.
 
     Args:
-        model: checkpoint directory in Hugging Face's layout.
+        model: checkpoint directory in Hugging Face's layout, or a GGUF file.
         dtype: of weights and activations; `auto` is the checkpoint's.
         skip_tokenizer_init: take and return token ids only.
         flags: engine options by their names (`max_num_seqs=64`, ...).

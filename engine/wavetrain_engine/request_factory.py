@@ -133,7 +133,7 @@ def load_text(config: EngineConfig) -> tuple[Tokenizer | None, ChatTemplate | No
     """
     model_dir = Path(config.model.model)
     # A missing checkpoint is the loader's to report: it is not the tokenizer that is missing.
-    if config.model.skip_tokenizer_init or not config.model.model or not os.path.isdir(model_dir):
+    if config.model.skip_tokenizer_init or not config.model.model or not os.path.exists(model_dir):
         return None, None
     tokenizer = Tokenizer.load(model_dir)
     return tokenizer, ChatTemplate.load(model_dir, tokenizer.named_tokens)

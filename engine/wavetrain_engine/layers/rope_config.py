@@ -20,6 +20,8 @@ class RopeConfig:
     Attributes:
         original_max_position_embeddings: positions the model was first trained for; `dynamic`, `llama3` and
             `yarn` stretch from there.
+        frequency_factors: what each pair of dimensions turns slower by, after all else; empty: none does. GGUF files
+            have Llama 3's scaling in this form.
         attention_factor: scales cos and sin; None: as the type computes it (only `yarn` has one).
     """
 
@@ -27,6 +29,7 @@ class RopeConfig:
     theta: float = 10000.0
     factor: float = 1.0
     original_max_position_embeddings: int = 2048
+    frequency_factors: tuple[float, ...] = ()
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0

@@ -103,6 +103,11 @@ def inverse_frequencies(rope: RopeConfig, dim: int, max_positions: int) -> Tenso
     Args:
         max_positions: the longest request; only `dynamic` scaling looks at it.
     """
+    frequencies = _scaled(rope, dim, max_positions)
+    return frequencies / torch.tensor(rope.frequency_factors) if rope.frequency_factors else frequencies
+
+
+def _scaled(rope: RopeConfig, dim: int, max_positions: int) -> Tensor:
     if rope.rope_type == "dynamic":
         return _plain(_dynamic_theta(rope, dim, max_positions), dim)
     if rope.rope_type == "yarn":

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from wavetrain_engine.errors import CheckpointError, ConfigError, UnsupportedModelError
+from wavetrain_engine.gguf.gguf_file import GgufFile
+from wavetrain_engine.gguf.model_values import config_values, frequency_factors
 from wavetrain_engine.layers.rope_config import RopeConfig
+from wavetrain_engine.model_location import ModelLocation
 from wavetrain_engine.models.config_reader import ConfigReader
 from wavetrain_engine.models.moe_config import MoeConfig, parse_moe
 from wavetrain_engine.models.rope_parameters import parse_rope
@@ -112,14 +115,15 @@ class ModelConfig:
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelConfig:
-        """Reads `model_dir`/config.json.
+        """Reads `model_dir`/config.json, or the metadata of the GGUF file that it is or holds.
 
         Raises:
-            CheckpointError: no such directory, or no config.json in it.
+            CheckpointError: no such directory or file, or no config.json in it; or a broken GGUF file.
             ConfigError: not JSON; a value is missing, of the wrong type or out of range.
             UnsupportedModelError: an architecture or feature that is not served.
         """
-        return cls.from_mapping(_read_json(model_dir))
+        gguf = ModelLocation.find(model_dir).gguf
+        return cls.from_mapping(_read_json(model_dir)) if gguf is None else _from_gguf(GgufFile.open(gguf))
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> ModelConfig:
@@ -190,18 +194,24 @@ class ModelConfig:
         return min(reached, _MAX_POSITIONS)
 
 
-def _read_json(model_dir: Path) -> dict[str, Any]:
-    if not model_dir.is_dir():
+def _from_gguf(file: GgufFile) -> ModelConfig:
+    try:
+        config = ModelConfig.from_mapping(config_values(file))
+    except (ConfigError, UnsupportedModelError) as error:
+        raise type(error)(f"{file.path.name}, its metadata read as a config.json: {error}") from error
+    factors = frequency_factors(file)
+    if factors and len(factors) != config.head_dim // 2:
         raise CheckpointError(
-            f"no checkpoint directory {model_dir.name!r}: give the path of a directory with config.json, "
-            "*.safetensors and tokenizer.json"
+            f"{file.path.name}: tensor rope_freqs.weight has {len(factors)} values for heads of {config.head_dim}"
         )
+    return replace(config, rope=replace(config.rope, frequency_factors=factors))
+
+
+def _read_json(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.is_file():
-        is_gguf = any(model_dir.glob("*.gguf"))
-        hint = "GGUF files are not supported yet; " if is_gguf else ""
         raise CheckpointError(
-            f"{model_dir.name!r} has no config.json: {hint}a Hugging Face checkpoint directory is expected"
+            f"{model_dir.name!r} has no config.json: a Hugging Face checkpoint directory or a GGUF file is expected"
         )
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from wavetrain_engine.errors import CheckpointError, RequestError
+from wavetrain_engine.gguf.gguf_file import GgufFile
+from wavetrain_engine.gguf.vocabulary import chat_templates
+from wavetrain_engine.model_location import ModelLocation
 from wavetrain_engine.text.tokenizer_files import read_json
 
 Message = Mapping[str, Any]
@@ -55,9 +58,15 @@ class ChatTemplate:
     ) -> ChatTemplate | None:
         """Reads chat_template.jinja, or else `chat_template` of tokenizer_config.json; None where there is neither.
 
+        Of a GGUF file it is what its metadata has.
+
         Raises:
             CheckpointError: it is there and is not a template's text.
         """
+        gguf = ModelLocation.find(model_dir).gguf
+        if gguf is not None:
+            templates = chat_templates(GgufFile.open(gguf).metadata)
+            return cls(templates, named_tokens, timeout_s=timeout_s) if templates else None
         path = Path(model_dir) / "chat_template.jinja"
         if path.is_file():
             try:

@@ -19,6 +19,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.gguf.gguf_file import GgufFile
+from wavetrain_engine.gguf.tokenizer import GgufTokenizer
+from wavetrain_engine.model_location import ModelLocation
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -42,17 +45,26 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, model_dir: Path) -> TokenizerFiles:
-        """Reads the files of a checkpoint directory.
+        """Reads the files of a checkpoint directory, or the tokenizer inside a GGUF file.
 
         Raises:
             CheckpointError: tokenizer.json is missing, or a file is broken.
         """
+        gguf = ModelLocation.find(model_dir).gguf
+        if gguf is not None:
+            tokenizer = GgufTokenizer.read(GgufFile.open(gguf).metadata)
+            return cls._complete(tokenizer.backend, tokenizer.config, {})
         config = read_json(model_dir / "tokenizer_config.json")
         backend = _read_backend(model_dir / "tokenizer.json")
         added = _declared_tokens(config)
         if not added:
             config = config | read_json(model_dir / "special_tokens_map.json")
             added = _legacy_added_tokens(read_json(model_dir / "added_tokens.json"), config)
+        return cls._complete(backend, config, added)
+
+    @classmethod
+    def _complete(cls, backend: Backend, config: dict[str, Any], added: dict[int, AddedToken]) -> TokenizerFiles:
+        """Does to a backend what `config`, in the words of tokenizer_config.json, says."""
         named = {name: _token(config[name], name) for name in _NAMED_TOKENS if config.get(name)}
         _add_tokens(backend, added, [*named.values(), *_listed_tokens(config)])
         texts = {name: token.content for name, token in named.items()}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which files make up a checkpoint, and which tensors they hold: found and checked before any weight is read.
 
-Only safetensors is read. The files Hugging Face's own loaders look for are looked for, in their order:
-model.safetensors, else the shards that model.safetensors.index.json names. Never torch here.
+Of a directory, only safetensors files are read. The files Hugging Face's own loaders look for are looked for, in their
+order: model.safetensors, else the shards that model.safetensors.index.json names. Else a GGUF file. Never torch here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.gguf.gguf_file import GgufFile
+from wavetrain_engine.model_location import ModelLocation
+from wavetrain_engine.weights.gguf_tensors import gguf_tensors
 from wavetrain_engine.weights.safetensors_header import TensorEntry, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -23,20 +26,21 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a checkpoint directory by name; every one lies whole in its file."""
+    """The tensors of a checkpoint by name; every one lies whole in its file."""
 
     tensors: dict[str, TensorEntry]
 
     @classmethod
     def open(cls, model_dir: Path) -> Checkpoint:
-        """Finds the weight files of `model_dir` and reads their headers.
+        """Finds the weight files of `model_dir`, or the GGUF file that it is, and reads their headers.
 
         Raises:
             CheckpointError: no weight files, only pickle files, a missing or truncated shard, an index that
                 does not fit its shards or names a file outside the directory.
         """
-        if not model_dir.is_dir():
-            raise CheckpointError(f"no checkpoint directory {model_dir.name!r}")
+        gguf = ModelLocation.find(model_dir).gguf
+        if gguf is not None:
+            return cls(dict(gguf_tensors(GgufFile.open(gguf))))
         if (model_dir / SINGLE_FILE).is_file():
             return cls({entry.name: entry for entry in read_header(model_dir / SINGLE_FILE)})
         if (model_dir / INDEX_FILE).is_file():
@@ -113,6 +117,4 @@ def _no_weights(model_dir: Path) -> CheckpointError:
             'can run code. Convert them where you trust them: python -c "from transformers import '
             "AutoModelForCausalLM as M; M.from_pretrained('IN').save_pretrained('OUT')\""
         )
-    if any(name.endswith(".gguf") for name in names):
-        return CheckpointError(f"{model_dir.name!r} holds GGUF files, which are not supported yet: use safetensors")
     return CheckpointError(f"{model_dir.name!r} has no weights: {SINGLE_FILE} is missing")

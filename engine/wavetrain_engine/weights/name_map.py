@@ -17,6 +17,7 @@ from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.layers.linear import MergedLinear
 from wavetrain_engine.layers.moe import ExpertProjection
 from wavetrain_engine.weights.checkpoint import first_few
+from wavetrain_engine.weights.gguf_tensors import GgufTensor
 from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -89,7 +90,9 @@ def check_tensors(
     ]
     if wrong:
         raise CheckpointError(f"{len(wrong)} tensors do not have the shape config.json implies: {first_few(wrong)}")
-    wrong = [f"{name} ({tensors[name].dtype})" for name in targets if tensors[name].dtype not in _DTYPES]
+    # A GGUF file's types were looked at when it was opened.
+    plain = [name for name in targets if not isinstance(tensors[name], GgufTensor)]
+    wrong = [f"{name} ({tensors[name].dtype})" for name in plain if tensors[name].dtype not in _DTYPES]
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} tensors are not of a supported dtype ({', '.join(_DTYPES)}): {first_few(wrong)}; "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a safetensors file into memory: one copy, straight to where the tensor is wanted.
+"""From a checkpoint's file into memory: one copy, straight to where the tensor is wanted.
 
 Read, not mapped. Weights in use then stay what they were whatever becomes of the file, a file that is cut off meanwhile
 is an error and not a bus error, and it is faster: pages that are there already take 4.5 GB/s, pages that the kernel has
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.weights.gguf_reader import read_dense
+from wavetrain_engine.weights.gguf_tensors import GgufTensor
 from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,6 +61,9 @@ class TensorReader:
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
+        if isinstance(entry, GgufTensor):
+            read_dense(entry, out)
+            return
         dtype = _DTYPES[entry.dtype]
         if self._pieces is not None and out.device.type != "cpu" and out.is_contiguous():
             self._pieces.read(entry, out.view(-1))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 
 from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.environment import Environment
-from wavetrain_engine.errors import CheckpointError, ConfigError
+from wavetrain_engine.errors import ConfigError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.generation_config import GenerationConfig
+from wavetrain_engine.model_location import ModelLocation
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.models.registry import create_model, resolve_dtype
@@ -137,12 +137,8 @@ def _host_executor(config: EngineConfig, model: Model, facts: EngineFacts) -> Ex
 
 def _model_dir(config: EngineConfig) -> Path:
     if not config.model.model:
-        raise ConfigError("no model is set; give a checkpoint directory")
-    model_dir = Path(config.model.model)
-    if not os.path.isdir(model_dir):  # unlike Path.is_dir, False for a name too long
-        name = model_dir.name[:80]
-        raise CheckpointError(f"there is no checkpoint directory {name!r}; give a Hugging Face model folder")
-    return model_dir
+        raise ConfigError("no model is set; give a checkpoint directory or a GGUF file")
+    return ModelLocation.find(config.model.model).path
 
 
 def _device(config: EngineConfig) -> torch.device:

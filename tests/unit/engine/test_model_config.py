@@ -335,9 +335,6 @@ def test_missing_directory(tmp_path: Path) -> None:
 def test_missing_config_json(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         ModelConfig.load(tmp_path)
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(CheckpointError, match="GGUF files are not supported yet"):
-        ModelConfig.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_a_directory_without_weights_is_refused(single: Path) -> None:
     (single / SINGLE).unlink()
     refuse(single, "has no weights: model.safetensors is missing")
     (single / "model.gguf").touch()
-    refuse(single, "GGUF files, which are not supported yet")
+    refuse(single, "model.gguf is truncated")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -136,8 +136,10 @@ def test_kernels_that_the_device_cannot_run(checkpoint: Path) -> None:
 def test_no_model_and_no_directory(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="no model is set; give a checkpoint directory"):
         load("")
-    for path in (tmp_path / "nowhere", checkpoint / "config.json"):
-        with pytest.raises(CheckpointError, match=f"there is no checkpoint directory '{path.name}'") as caught:
+    missing, other = tmp_path / "nowhere", checkpoint / "config.json"
+    refusals = {missing: "there is no checkpoint directory 'nowhere'", other: "'config.json' is not a directory; give"}
+    for path, message in refusals.items():
+        with pytest.raises(CheckpointError, match=message) as caught:
             load(path)
         assert str(path.parent) not in str(caught.value)
 
