@@ -21,6 +21,7 @@ from wavetrain_client.errors import (
 )
 from wavetrain_client.options import ChatPrompt, GenerationRequest, Prompt, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
+from wavetrain_client.tokenization import Tokenization
 
 __all__ = [
     "AsyncChunkStream",
@@ -46,4 +47,5 @@ __all__ = [
     "ServerBusy",
     "ServerFailed",
     "StreamBroken",
+    "Tokenization",
 ]

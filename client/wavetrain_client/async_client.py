@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,10 +21,24 @@ import grpc.aio
 from wavetrain_client import protocol
 from wavetrain_client.channel import CHANNEL_OPTIONS, DEFAULT_URL, Address
 from wavetrain_client.chunk import Chunk, Generation, join_chunks
-from wavetrain_client.errors import Cancelled, ClientError, ConnectionFailed
-from wavetrain_client.options import GenerationRequest, Prompt, SamplingOptions
+from wavetrain_client.errors import (
+    Cancelled,
+    ClientError,
+    ConnectionFailed,
+    StreamBroken,
+    error_from_message,
+    error_from_status,
+)
+from wavetrain_client.options import ChatPrompt, GenerationRequest, Prompt, SamplingOptions
 from wavetrain_client.retry import RetryPolicy
 from wavetrain_client.stream import StopRequest, StreamSession
+from wavetrain_client.tokenization import (
+    Tokenization,
+    decode_text,
+    decode_tokenization,
+    encode_detokenize,
+    encode_tokenize,
+)
 from wavetrain_client.wire import WireRequest
 
 if TYPE_CHECKING:
@@ -90,7 +104,7 @@ class AsyncClient:
             cache_salt=cache_salt,
             request_id=request_id,
         )
-        async with self._open(request) as stream:
+        async with self.open(request) as stream:
             return join_chunks(request.id, request.model, [chunk async for chunk in stream])
 
     def stream(
@@ -113,7 +127,7 @@ class AsyncClient:
             RequestRejected: here, what can be seen without the server. From `anext`: every ClientError.
             TypeError: an unknown option.
         """
-        return self._open(
+        return self.open(
             GenerationRequest(
                 prompt=prompt,
                 model=model,
@@ -124,6 +138,25 @@ class AsyncClient:
                 request_id=request_id,
             )
         )
+
+    async def tokenize(
+        self, prompt: str | ChatPrompt, *, add_special_tokens: bool = True, timeout_s: float | None = None
+    ) -> Tokenization:
+        """Returns a prompt's token ids; `add_special_tokens` is about text, as a chat template has its own.
+
+        Raises:
+            ClientError: one of its subclasses, by what went wrong.
+        """
+        request = encode_tokenize(prompt, add_special_tokens=add_special_tokens)
+        return decode_tokenization(await self._ask(request, timeout_s))
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        """Returns the text of token ids, without special tokens.
+
+        Raises:
+            ClientError: one of its subclasses, by what went wrong.
+        """
+        return decode_text(await self._ask(encode_detokenize(token_ids), timeout_s))
 
     async def is_ready(self, model: str | None = None, *, timeout_s: float = 5.0) -> bool:
         """Tells whether the server, and the model where one is named, answers and takes requests."""
@@ -156,12 +189,31 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _open(self, request: GenerationRequest) -> AsyncChunkStream:
+    def open(self, request: GenerationRequest) -> AsyncChunkStream:
+        """Does what `stream` does with a request that was made before."""
         self._check_open()
         session = StreamSession(request, url=self._address.target, retry_policy=self._retry_policy)
         stream = AsyncChunkStream(self, session)
         self._streams.add(stream)
         return stream
+
+    async def _ask(self, request: WireRequest, timeout_s: float | None) -> Any:
+        """One request, one response, by the stream RPC: cancelling a unary one can crash server 2.51."""
+        call: Any = None
+        try:
+            call = self.start_call(request, timeout_s)
+            result, error = await anext(call)
+        except grpc.aio.AioRpcError as failure:
+            code, details = failure.code().name, failure.details() or ""
+            raise error_from_status(code, details, url=self._address.target, has_started=False) from None
+        except StopAsyncIteration:
+            raise StreamBroken("the server ended the call without an answer") from None
+        finally:
+            if call is not None:
+                call.cancel()
+        if error is not None:
+            raise error_from_message(error.message())
+        return result.get_response()
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bodies of requests: every field there is, its type and its bounds. What is not here is refused by its name.
+
+Bounds that gateway.toml sets are checked in `caps.py`; those here hold for everybody. Types are strict: "5" and true
+are no numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from wavetrain_gateway.messages import Message
+
+MAX_LIST = 1 << 20
+_MAX_INT32 = 2**31 - 1
+
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=_MAX_INT32)]
+# fail_fast: a list of a million wrong elements is one error, not a million.
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LIST)]
+_Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=4096)]
+_Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_LIST)]
+_IdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=4096)]
+Prompt: TypeAlias = Union[str, _Texts, _Ids, _IdLists]  # noqa: UP007 - read at run time by pydantic, on Python 3.10 too
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside its text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class SamplingFields(BaseModel):
+    """What both kinds of generation take.
+
+    Attributes:
+        max_sizes: lists and objects and the most they may hold, checked before anything else looks at them.
+        refused: fields of OpenAI's or vLLM's that are known and not supported, and why.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    max_sizes: ClassVar[dict[str, int]] = {
+        "logit_bias": 65_536,
+        "stop": 64,
+        "stop_token_ids": 1024,
+        "bad_words": 1024,
+        "stream_options": 8,
+    }
+    refused: ClassVar[dict[str, str]] = {}
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=0, le=_MAX_INT32)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_MAX_INT32)] | None = None
+    temperature: Annotated[_Finite, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[_Finite, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_INT32)] | None = None
+    min_p: Annotated[_Finite, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    bad_words: Annotated[list[str], Field(fail_fast=True)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    presence_penalty: Annotated[_Finite, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[_Finite, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[_Finite, Field(gt=0, le=1000)] | None = None
+    logit_bias: dict[str, Annotated[_Finite, Field(ge=-100, le=100)]] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=1024)] | None = None
+    priority: Annotated[int, Field(ge=-_MAX_INT32, le=_MAX_INT32)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+
+_NO_GRAMMAR = "this server does not constrain its output to a grammar or schema; leave it out and check the text"
+_REFUSED = {
+    "audio": "the models here take and make text only",
+    "functions": "this server does not enforce tool calls; leave it out",
+    "function_call": "this server does not enforce tool calls; leave it out",
+    "guided_json": _NO_GRAMMAR,
+    "guided_regex": _NO_GRAMMAR,
+    "guided_choice": _NO_GRAMMAR,
+    "guided_grammar": _NO_GRAMMAR,
+    "structured_outputs": _NO_GRAMMAR,
+    "metadata": "nothing is stored here; leave it out",
+    "prediction": "predicted outputs are not supported; leave it out",
+    "prompt_cache_key": "prefixes are cached by themselves; leave it out, or keep them apart with cache_salt",
+    "prompt_logprobs": "use echo with logprobs on /v1/completions",
+    "reasoning_effort": "the models here have no such setting; leave it out",
+    "use_beam_search": "there is no beam search; leave it out",
+    "verbosity": "the models here have no such setting; leave it out",
+    "web_search_options": "this server searches nothing; leave it out",
+}
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    max_sizes: ClassVar[dict[str, int]] = {**SamplingFields.max_sizes, "prompt": MAX_LIST}
+    refused: ClassVar[dict[str, str]] = {
+        **_REFUSED,
+        "suffix": "the models here do not fill text in; leave it out",
+        "messages": "messages go to /v1/chat/completions",
+        "tools": "tools go to /v1/chat/completions",
+        "response_format": _NO_GRAMMAR,
+    }
+
+    prompt: Annotated[Prompt, Field(union_mode="left_to_right")]
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the output should be: text is what it is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text"]
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    max_sizes: ClassVar[dict[str, int]] = {
+        **SamplingFields.max_sizes,
+        "messages": 65_536,
+        "tools": 128,
+        "chat_template_kwargs": 32,
+        "modalities": 4,
+    }
+    refused: ClassVar[dict[str, str]] = {
+        **_REFUSED,
+        "prompt": "a prompt goes to /v1/completions",
+        "best_of": "best_of is for /v1/completions; use n",
+        "echo": "echo is for /v1/completions",
+        "suffix": "the models here do not fill text in; leave it out",
+        "chat_template": "the checkpoint's chat template is used; a request cannot bring its own",
+    }
+
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_INT32)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    add_generation_prompt: bool | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: of a prompt, or of messages."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    max_sizes: ClassVar[dict[str, int]] = {"messages": 65_536, "chat_template_kwargs": 32}
+    refused: ClassVar[dict[str, str]] = {"return_token_strs": "ask /detokenize for the text of tokens"}
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    max_sizes: ClassVar[dict[str, int]] = {"tokens": MAX_LIST}
+    refused: ClassVar[dict[str, str]] = {}
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_LIST)]

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the request handlers work with, put together once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wavetrain_gateway.admission import Admission
+from wavetrain_gateway.lifecycle import Lifecycle
+from wavetrain_gateway.metrics import GatewayMetrics
+from wavetrain_gateway.request_log import RequestLog
+from wavetrain_gateway.response_cache import ResponseCache
+from wavetrain_gateway.settings import GatewaySettings
+from wavetrain_gateway.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """One gateway's parts."""
+
+    settings: GatewaySettings
+    upstream: Upstream
+    admission: Admission
+    lifecycle: Lifecycle
+    metrics: GatewayMetrics
+    cache: ResponseCache
+    log: RequestLog
