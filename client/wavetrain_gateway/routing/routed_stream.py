@@ -58,6 +58,8 @@ class RoutedStream:
     ) -> None:
         self._is_done = True
         stream = self._stream
+        if self._has_chunk:  # left before its end, perhaps because all was there
+            self._note_outcome(has_failed=False)
         self._end_attempt()
         if stream is not None:
             await stream.aclose()

@@ -7,13 +7,17 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from wavetrain_client import ChatPrompt, ConnectionFailed, ServerBusy
+from wavetrain_gateway.routing.replica import Replica
 from wavetrain_gateway.routing.replica_client import ClientFactory, ReplicaClient, connect
 from wavetrain_gateway.routing.replica_set import ReplicaSet
 from wavetrain_gateway.routing.routed_stream import RoutedStream
 from wavetrain_gateway.routing.router import Route, Router
-from wavetrain_gateway.routing.routing_table import ReplicaEntry, RoutingTable, parse_routing
+from wavetrain_gateway.routing.routing_table import RoutingTable, parse_routing
 from wavetrain_gateway.routing.settings import RoutingSettings
+from wavetrain_gateway.toml_file import describe
 from wavetrain_gateway.upstream import Job, ModelCard, Tokens, UpstreamStream
 from wavetrain_gateway.watched_file import WatchedFile
 
@@ -107,7 +111,7 @@ class RoutedUpstream:
         """Asks one replica, and another where that one is busy or gone."""
         route = Route(self.router.resolve(name), ())
         await self.router.replicas.wait_until_probed(route.models[0], self.router.settings.start_wait_s)
-        tried = []
+        tried: list[Replica] = []
         while True:
             lease = self.router.lease(route, 1, 0, tried)
             has_failed = False
@@ -134,11 +138,14 @@ def make_upstream(
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file or an address is wrong.
+        ValueError: the file, an address or the model's name is wrong.
     """
     if settings.file is not None:
         name = settings.file.name
         watched = WatchedFile(settings.file, lambda data: parse_routing(data, name), what="routing file")
         return RoutedUpstream(watched.load(), settings, table_file=watched, connect=connect)
-    table = RoutingTable(replica=tuple(ReplicaEntry(url=url, model=model) for url in upstreams))
+    try:
+        table = RoutingTable.model_validate({"replica": [{"url": url, "model": model} for url in upstreams]})
+    except ValidationError as error:
+        raise ValueError(f"the upstreams: {describe(error, RoutingTable)}") from None
     return RoutedUpstream(table, settings, connect=connect)
