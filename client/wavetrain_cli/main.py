@@ -21,12 +21,18 @@ from wavetrain_engine.errors import WavetrainError
 # name: (module, what it does)
 _COMMANDS = {
     "serve": ("wavetrain_cli.serve", "serve a model on the Triton server"),
+    "gateway": ("wavetrain_cli.gateway", "answer OpenAI's API from running Triton servers"),
     "run": ("wavetrain_cli.run", "complete a prompt in the terminal, or talk to a model"),
     "repo": ("wavetrain_cli.repo", "build a Triton model repository for a checkpoint"),
+    "quantize": ("wavetrain_cli.quantize", "make a quantized checkpoint of one that is not"),
     "doctor": ("wavetrain_cli.doctor", "tell what this machine can run, and what to do about the rest"),
 }
 # Packages of the server extra, by import name.
 _SERVER_PACKAGES = frozenset({"torch", "safetensors", "tokenizers", "jinja2", "msgspec", "zmq", "tomli", "numpy"})
+# And of the gateway extra.
+_GATEWAY_PACKAGES = frozenset(
+    {"starlette", "uvicorn", "httptools", "websockets", "pydantic", "pydantic_core", "prometheus_client", "limits"}
+)
 
 
 class _Command(Protocol):
@@ -51,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WavetrainError as error:
         return _report(error, 1, is_debugging=is_debugging)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _SERVER_PACKAGES:
+        package = "" if error.name is None else error.name.partition(".")[0]
+        if package not in _SERVER_PACKAGES | _GATEWAY_PACKAGES:
             raise
-        message = f"this needs the server's packages ({error.name} is missing): pip install 'wavetrain[server]'"
+        extra = "gateway" if package in _GATEWAY_PACKAGES else "server"
+        message = f"this needs the {extra}'s packages ({error.name} is missing): pip install 'wavetrain[{extra}]'"
         return _report(CommandError(message), 1, is_debugging=is_debugging)
     except KeyboardInterrupt:
         return 130
