@@ -132,6 +132,8 @@ def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarr
     for start in _HALVES.get(kind, ()):
         # The exponent of all ones, infinity and NaN, is out of reach without its highest bit.
         data[..., start + 1] &= 0xBF
+    if kind == "MXFP4":
+        data[..., 0] &= 0x7F  # its scale is a power of two, by the exponent
     return data.reshape(rows, -1)
 
 
