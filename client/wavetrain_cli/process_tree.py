@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -45,24 +46,27 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def end_descendants(*, grace_s: float) -> list[int]:
+def end_descendants(*, grace_s: float, spared: Collection[int] = ()) -> list[int]:
     """Waits up to `grace_s` for everything below this process to end by itself, then kills what is left.
 
-    Returns the ids of the killed ones. Collects every child's exit status, so nobody else may be waiting for one.
+    Returns the ids of the killed ones. Collects the children's exit statuses, so nobody else may be waiting for one.
+
+    Args:
+        spared: children that stay, childless ones; their exit statuses are left alone.
     """
     deadline = time.monotonic() + grace_s
-    while (has_any := _reap_children()) and time.monotonic() < deadline:
+    while (has_any := _reap_children(spared)) and time.monotonic() < deadline:
         time.sleep(_POLL_INTERVAL_S)
     killed: list[int] = []
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     # A killed parent's children become ours and are found in the next round.
     while has_any and time.monotonic() < deadline:
-        for item in descendants(os.getpid()):
+        for item in set(descendants(os.getpid())).difference(spared):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(item, signal.SIGKILL)
                 killed.append(item)
         time.sleep(_POLL_INTERVAL_S)
-        has_any = _reap_children()
+        has_any = _reap_children(spared)
     return sorted(set(killed))
 
 
@@ -75,11 +79,26 @@ def _living_parent(entry: Path) -> int | None:
     return None if state in "ZX" else int(parent)
 
 
-def _reap_children() -> bool:
+def _reap_children(spared: Collection[int]) -> bool:
     """Collects ended children. Returns whether any are left, be it one whose last threads are only just ending."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return False
-    return True
+    has_any = False
+    for child in _children(os.getpid()):
+        if child in spared:
+            continue
+        try:
+            has_any = not os.waitpid(child, os.WNOHANG)[0] or has_any
+        except ChildProcessError:  # someone else has collected it
+            continue
+    return has_any
+
+
+def _children(pid: int) -> list[int]:
+    """The ids of a process's children, ended ones too."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError):
+                fields = (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+                if int(fields[1]) == pid:
+                    found.append(int(entry.name))
+    return found

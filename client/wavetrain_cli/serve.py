@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`wavetrain serve`: puts repository, Triton server and supervisor together."""
+"""`wavetrain serve`: puts repository, Triton server, gateway and supervisor together."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from wavetrain_cli.checkpoint_check import check_checkpoint
 from wavetrain_cli.display import Display
 from wavetrain_cli.engine_flags import FlagParser, add_engine_flags, engine_config, has_engine_flags
 from wavetrain_cli.errors import CommandError
+from wavetrain_cli.gateway import check_gateway
+from wavetrain_cli.gateway_process import FrontedService, GatewayProcess
 from wavetrain_cli.ports import check_ports
 from wavetrain_cli.repository import ENGINE_TOML, build_repository, packaged_repository, resolve_model_path
 from wavetrain_cli.server_log import ServerLog
 from wavetrain_cli.shared_memory import SharedMemory
-from wavetrain_cli.supervisor import Supervisor, SupervisorPolicy
+from wavetrain_cli.supervisor import Service, Supervisor, SupervisorPolicy
 from wavetrain_cli.triton_server import (
     ServerOptions,
     command_line,
@@ -30,6 +34,8 @@ from wavetrain_engine.environment import Environment
 
 _DEMO_PROMPT = "def __init__(self"
 _PROMPT = "Once upon a time"
+_GATEWAY_TIMEOUT_S = 20.0
+_DEFAULT_MODEL_NAME = re.compile(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,18 @@ def create_parser() -> FlagParser:
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="(default: %(default)s)")
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="(default: %(default)s)")
     parser.add_argument(
+        "--gateway-port", type=int, default=9000, metavar="PORT", help="of the OpenAI API (default: %(default)s)"
+    )
+    parser.add_argument("--no-gateway", action="store_true", help="leave the OpenAI API out")
+    parser.add_argument(
+        "--gateway-config", type=Path, metavar="FILE", help="gateway.toml: keys, limits, caps (docs/gateway.md)"
+    )
+    parser.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="what callers of the OpenAI API name the model (default: its folder)",
+    )
+    parser.add_argument(
         "--grace-s",
         type=float,
         default=30.0,
@@ -77,10 +95,9 @@ def main(arguments: list[str], environment: Environment) -> int:
     # What can be told without starting anything is told first.
     repository = _prepare_repository(given, environment.cache_dir)
     server = find_triton_server(environment.cache_dir)
-    check_ports(
-        given.host,
-        {"--http-port": given.http_port, "--grpc-port": given.grpc_port, "--metrics-port": given.metrics_port},
-    )
+    has_gateway = not given.no_gateway and not repository.config.model.skip_tokenizer_init
+    ports = {"--http-port": given.http_port, "--grpc-port": given.grpc_port, "--metrics-port": given.metrics_port}
+    check_ports(given.host, ports | ({"--gateway-port": given.gateway_port} if has_gateway else {}))
     log_path = environment.cache_dir / "logs" / f"serve-{given.http_port}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     display = Display()
@@ -95,6 +112,8 @@ def main(arguments: list[str], environment: Environment) -> int:
         is_verbose=given.verbose,
     )
     host = local_host(given.host)
+    service: Service = TritonService(host=host, http_port=given.http_port, engine_config=repository.path / ENGINE_TOML)
+    gateway = _gateway(given, repository, host, environment, display.say) if has_gateway else None
     with log_path.open("w", encoding="utf-8") as log_file:
         log = ServerLog(
             file=log_file,
@@ -106,18 +125,23 @@ def main(arguments: list[str], environment: Environment) -> int:
         supervisor = Supervisor(
             command=command_line(server, options),
             environment=server_environment(server, os.environ),
-            service=TritonService(host=host, http_port=given.http_port, engine_config=repository.path / ENGINE_TOML),
+            service=service if gateway is None else FrontedService(service, gateway),
             log=log,
             say=display.say,
-            on_ready=lambda: display.ready(_ready_text(given, host, repository)),
+            on_ready=lambda: display.ready(_ready_text(given, host, repository, gateway)),
             on_ended=shared_memory.remove_regions,
+            companions=frozenset if gateway is None else lambda: gateway.pids,
             policy=SupervisorPolicy(grace_s=given.grace_s),
         )
         try:
+            if gateway is not None:
+                gateway.start()
             return supervisor.run()
         except CommandError as error:
             raise CommandError(f"{error} (the whole log: {log_path})", exit_code=error.exit_code) from error
         finally:
+            if gateway is not None:
+                gateway.close()
             display.stop_progress()
             shared_memory.close()
 
@@ -139,12 +163,34 @@ def _prepare_repository(given: argparse.Namespace, cache_dir: Path) -> _Reposito
     return _Repository(path=path, config=config, prompt=prompt)
 
 
-def _ready_text(given: argparse.Namespace, host: str, repository: _Repository) -> str:
+def _gateway(
+    given: argparse.Namespace, repository: _Repository, host: str, environment: Environment, say: Callable[[str], None]
+) -> GatewayProcess:
+    """The gateway in front of the server.
+
+    Raises:
+        CommandError: its settings cannot be; told before anything is started.
+    """
+    name = given.served_model_name or _DEFAULT_MODEL_NAME.sub("-", Path(repository.config.model.model).name) or "model"
+    upstream = f"[{host}]:{given.grpc_port}" if ":" in host else f"{host}:{given.grpc_port}"
+    arguments = ["--host", given.host, "--port", str(given.gateway_port), "--upstream", upstream]
+    arguments += ["--served-model-name", name, "--drain-s", str(given.grace_s)]
+    if given.gateway_config is not None:
+        arguments += ["--config", str(given.gateway_config.absolute())]
+    check_gateway(arguments, environment)
+    log_path = environment.cache_dir / "logs" / f"gateway-{given.gateway_port}.log"
+    return GatewayProcess(arguments, log_path=log_path, say=say)
+
+
+def _ready_text(given: argparse.Namespace, host: str, repository: _Repository, gateway: GatewayProcess | None) -> str:
     if repository.config.model.skip_tokenizer_init:
         example = example_token_request(host=host, http_port=given.http_port)
     else:
         example = example_request(host=host, http_port=given.http_port, prompt=repository.prompt)
+    openai = ""
+    if gateway is not None and gateway.wait_until_listening(_GATEWAY_TIMEOUT_S):
+        openai = f"OpenAI API http://{given.host}:{given.gateway_port}/v1, "
     return (
-        f"on http://{given.host}:{given.http_port} (gRPC {given.host}:{given.grpc_port}, metrics "
+        f"on http://{given.host}:{given.http_port} ({openai}gRPC {given.host}:{given.grpc_port}, metrics "
         f"http://{given.host}:{given.metrics_port}/metrics); try: {example}"
     )

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +72,7 @@ class Supervisor:
         say: takes the lines meant for a person.
         on_ready: called once, when the first server is ready.
         on_ended: called whenever a server and all its processes have ended; removes what they left behind.
+        companions: ids of children that are not the server's and outlive it.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Supervisor:
         say: Callable[[str], None],
         on_ready: Callable[[], None],
         on_ended: Callable[[], None],
+        companions: Callable[[], Collection[int]] = frozenset,
         policy: SupervisorPolicy | None = None,
     ) -> None:
         self._command = list(command)
@@ -93,6 +95,7 @@ class Supervisor:
         self._say = say
         self._on_ready = on_ready
         self._on_ended = on_ended
+        self._companions = companions
         self._policy = policy or SupervisorPolicy()
         self._signals: list[int] = []
         self._wake = threading.Event()
@@ -203,7 +206,7 @@ class Supervisor:
             process.kill()
         process.wait()
         grace_s = 0.0 if len(self._signals) > 1 else self._policy.orphan_grace_s
-        end_descendants(grace_s=grace_s)
+        end_descendants(grace_s=grace_s, spared=self._companions())
         # Nobody holds the pipe's other end now, so the reader comes to its end.
         reader.join()
         if process.stdout is not None:

@@ -3,36 +3,62 @@
 
 from __future__ import annotations
 
-from wavetrain_gateway.admission import Admission, OpenAdmission
+from starlette.applications import Starlette
+
+from wavetrain_gateway.admission import Admission
 from wavetrain_gateway.app import GatewayApp
 from wavetrain_gateway.lifecycle import Lifecycle
+from wavetrain_gateway.limits.assembly import make_admission
 from wavetrain_gateway.metrics import GatewayMetrics
 from wavetrain_gateway.request_log import RequestLog
 from wavetrain_gateway.response_cache import AnswerStore, MemoryStore, ResponseCache
+from wavetrain_gateway.routing.admin import AdminApi
+from wavetrain_gateway.routing.routed_upstream import RoutedUpstream, make_upstream
 from wavetrain_gateway.services import Services
 from wavetrain_gateway.settings import CacheSettings, GatewaySettings
-from wavetrain_gateway.single_upstream import SingleUpstream
 from wavetrain_gateway.upstream import Upstream
 
 
 def build_gateway(
-    settings: GatewaySettings, *, upstream: Upstream | None = None, admission: Admission | None = None
+    settings: GatewaySettings,
+    *,
+    api_keys: str | None = None,
+    upstream: Upstream | None = None,
+    admission: Admission | None = None,
 ) -> GatewayApp:
-    """Returns the application; `upstream` and `admission` replace those that the settings ask for.
+    """Returns the application, to be called on the event loop that will run it.
 
-    To be called on the event loop that will run it.
+    Args:
+        api_keys: keys themselves, as an environment variable has them; in place of a key file.
+        upstream, admission: replace those that the settings ask for.
+
+    Raises:
+        OSError: a file that the settings name cannot be read.
+        ValueError: a file, an address or a key is wrong; the message says which.
     """
     log = RequestLog(settings.log)
     services = Services(
         settings=settings,
-        upstream=upstream if upstream is not None else SingleUpstream(settings.upstreams[0], settings.model),
-        admission=admission if admission is not None else OpenAdmission(),
+        upstream=upstream or make_upstream(settings.routing, upstreams=settings.upstreams, model=settings.model),
+        admission=admission or make_admission(settings.keys, api_keys),
         lifecycle=Lifecycle(),
         metrics=GatewayMetrics(),
         cache=ResponseCache(settings.cache, _answer_store(settings.cache), log.cache_failure),
         log=log,
     )
     return GatewayApp(services)
+
+
+def build_admin(app: GatewayApp, key: str) -> Starlette:
+    """Returns the admin application of a gateway.
+
+    Raises:
+        ValueError: there is no key, or the gateway's upstream has no replicas to move.
+    """
+    upstream = app.services.upstream
+    if not isinstance(upstream, RoutedUpstream):
+        raise ValueError("the admin API needs replicas that can be moved")
+    return AdminApi(upstream.router.replicas, key).app()
 
 
 def _answer_store(settings: CacheSettings) -> AnswerStore | None:

@@ -12,6 +12,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Generator
+from typing import Any
 
 import uvicorn
 
@@ -59,18 +60,27 @@ class GatewayServer:
             )
         )
 
-    async def serve(self, sockets: list[socket.socket]) -> None:
-        """Serves until the end; the sockets are closed then."""
+    async def serve(self, sockets: list[socket.socket], *, admin: tuple[Any, socket.socket] | None = None) -> None:
+        """Serves until the end; the sockets are closed then.
+
+        Args:
+            admin: another application, and the socket it is served on as long.
+        """
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             # Not possible outside the main thread, as in a test: whoever runs it there calls `stop`.
             with contextlib.suppress(ValueError, RuntimeError):
                 loop.add_signal_handler(number, self.stop)
         announcing = loop.create_task(self._announce())
+        beside = None if admin is None else _Server(uvicorn.Config(admin[0], log_config=None, access_log=False))
+        serving_beside = None if beside is None or admin is None else loop.create_task(beside.serve([admin[1]]))
         try:
             await self._server.serve(sockets)
         finally:
             announcing.cancel()
+            if beside is not None and serving_beside is not None:
+                beside.should_exit = True
+                await serving_beside
             for number in _SIGNALS:
                 with contextlib.suppress(ValueError, RuntimeError):
                     loop.remove_signal_handler(number)

@@ -11,6 +11,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from wavetrain_gateway.limits.assembly import KeySettings
+from wavetrain_gateway.routing.settings import RoutingSettings
 from wavetrain_gateway.toml_file import parse_file
 
 DEFAULT_PORT = 9000
@@ -128,8 +130,15 @@ class TraceSettings(Section):
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
 
 
+class AdminSettings(Section):
+    """The admin API, on a listener of its own; off without a port. Its key comes from WAVETRAIN_ADMIN_KEY."""
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(default=None, ge=0, le=65535)
+
+
 class GatewaySettings(Section):
-    """Everything. `upstreams` are the replicas of `model`; several models and rules need a `routing` section."""
+    """Everything. `upstreams` are the replicas of `model`, unless `routing.file` says more."""
 
     upstreams: tuple[str, ...] = ("127.0.0.1:8001",)
     model: str = Field(default="wavetrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")
@@ -139,6 +148,9 @@ class GatewaySettings(Section):
     log: LogSettings = LogSettings()
     cache: CacheSettings = CacheSettings()
     trace: TraceSettings = TraceSettings()
+    keys: KeySettings = KeySettings()
+    routing: RoutingSettings = RoutingSettings()
+    admin: AdminSettings = AdminSettings()
 
     @classmethod
     def read(cls, path: Path) -> GatewaySettings:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three environment variables Wavetrain listens to, read in this one place.
+"""The environment variables Wavetrain listens to, read in this one place.
 
 Everything else is a flag or a key of engine.toml; a test looks for other readers.
 
     WAVETRAIN_LOG_LEVEL   debug, info, warning or error   (debug also shows stack traces of user errors)
     WAVETRAIN_CACHE_DIR   built repositories, logs, compiled kernels; default: wavetrain/ in the user's cache folder
     WAVETRAIN_KERNELS     auto, gpu, cpu or reference
+    WAVETRAIN_API_KEYS    the gateway's keys, where they are in no file; and WAVETRAIN_ADMIN_KEY, its admin API's:
+                          secrets are kept out of command lines, which everybody on a machine can read
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wavetrain_engine.errors import ConfigError
@@ -29,6 +31,8 @@ class Environment:
     log_level: str
     cache_dir: Path
     kernels: str
+    api_keys: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
 
     @property
     def kernel_cache_dir(self) -> Path:
@@ -47,6 +51,8 @@ class Environment:
             log_level=_one_of(values, "WAVETRAIN_LOG_LEVEL", _LOG_LEVELS, "info"),
             cache_dir=_cache_dir(values),
             kernels=_one_of(values, "WAVETRAIN_KERNELS", _KERNELS, "auto"),
+            api_keys=values.get("WAVETRAIN_API_KEYS") or None,
+            admin_key=values.get("WAVETRAIN_ADMIN_KEY") or None,
         )
 
 
