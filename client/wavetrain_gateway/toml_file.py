@@ -43,7 +43,9 @@ def parse_file(data: bytes, name: str, model: type[ModelT]) -> ModelT:
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first thing wrong, as `key[2].tokens_per_minute: Input should be ...`; an unknown name with its nearest."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    # A misspelt name leaves another one missing; it is the misspelling that has to be told of.
+    first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
     place = first["loc"]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     if first["type"] == "extra_forbidden":

@@ -37,6 +37,7 @@ class RoutedStream:
         self._deadline_s: float | None = None
         self._tried: list[Replica] = []
         self._num_deaths = 0
+        self._replica = ""
         self._lease: Lease | None = None
         self._stream: AsyncChunkStream | None = None
         self._has_begun = False
@@ -46,9 +47,7 @@ class RoutedStream:
     @property
     def replica(self) -> str:
         """The name of the replica that was asked last; "" before one was."""
-        if self._lease is not None:
-            return self._lease.replica.name
-        return self._tried[-1].name if self._tried else ""
+        return self._replica
 
     async def __aenter__(self) -> RoutedStream:
         return self
@@ -105,6 +104,7 @@ class RoutedStream:
             self._is_done = True
             raise
         self._lease = lease
+        self._replica = lease.replica.name
         generation = dataclasses.replace(
             self._job.generation, model=lease.replica.entry.triton_model, timeout_s=timeout_s
         )

@@ -70,7 +70,7 @@ class Router:
     @property
     def names(self) -> dict[str, str]:
         """All names that callers may use, each with the model it stands for, or itself where that depends."""
-        return {**{model: model for model in sorted(self._models())}, **self._rules.names}
+        return {**self._rules.names, **{model: model for model in sorted(self._models())}}
 
     def apply(self, table: RoutingTable) -> None:
         """Routes by this table from now on.
