@@ -195,7 +195,7 @@ def test_memory_counts_as_the_library_does(steps: list[tuple[int, int]], limit: 
         for wait_s, amount in steps:
             expected = await theirs.acquire_entry("m", limit, WINDOW_S, amount)
             assert await ours.acquire_entry("m", limit, WINDOW_S, amount) == expected
-            clock.now_s += wait_s + 0.5
+            clock.now_s += wait_s + 0.47  # never the very end of a window, where the library is of two minds
             assert (await ours.get_moving_window("m", limit, WINDOW_S))[1] == (
                 await theirs.get_moving_window("m", limit, WINDOW_S)
             )[1]
