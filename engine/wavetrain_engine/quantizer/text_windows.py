@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from wavetrain_engine.text.tokenizer import Tokenizer
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"}
 _HELD_OUT_ONE_IN = 40
 _OWN_HELD_OUT_SHARE = 5
-_MIN_FILE_BYTES = 2**10
+_MIN_FILE_CHARS = 2**10
 _MAX_FILE_BYTES = 2**26
 _PIECE_CHARS = 2**16
 
@@ -48,7 +48,7 @@ class TextWindows:
         """
         num_windows = recipe.num_windows if recipe.needs_text or recipe.num_report_windows else 0
         if file is None:
-            learnt, held_out = _library_texts(is_held_out=False), _library_texts(is_held_out=True)
+            learnt, held_out = _library_texts()
         else:
             text = read_text_file(file)
             cut = len(text) - len(text) // _OWN_HELD_OUT_SHARE
@@ -98,10 +98,10 @@ def read_text_file(path: Path) -> str:
     return text
 
 
-def _library_texts(*, is_held_out: bool) -> Iterator[str]:
-    """Yields Python's own source files of one part, in an order that is the same everywhere and mixes their kinds."""
+def _library_texts() -> tuple[list[str], list[str]]:
+    """Returns Python's own source files of both parts, in an order that is the same everywhere and mixes kinds."""
     root = Path(os.__file__).parent
-    files: dict[bytes, str] = {}
+    parts: tuple[dict[bytes, str], dict[bytes, str]] = ({}, {})
     for path in root.rglob("*.py"):
         if _EXCLUDED_FOLDERS & set(path.relative_to(root).parts) or path.name.startswith("_sysconfigdata"):
             continue
@@ -110,15 +110,16 @@ def _library_texts(*, is_held_out: bool) -> Iterator[str]:
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        if len(text) >= _MIN_FILE_BYTES and (int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0) == is_held_out:
-            files[digest] = text
-    yield from (files[digest] for digest in sorted(files))
+        if len(text) >= _MIN_FILE_CHARS:
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+            is_held_out = int.from_bytes(digest[:4], "big") % _HELD_OUT_ONE_IN == 0
+            parts[is_held_out][digest] = text
+    learnt, held_out = ([part[digest] for digest in sorted(part)] for part in parts)
+    return learnt, held_out
 
 
-def _pieces(text: str) -> Iterator[str]:
-    for start in range(0, len(text), _PIECE_CHARS):
-        yield text[start : start + _PIECE_CHARS]
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + _PIECE_CHARS] for start in range(0, len(text), _PIECE_CHARS)]
 
 
 def _windows(tokenizer: Tokenizer, texts: Iterable[str], num_windows: int, length: int) -> Tensor:
