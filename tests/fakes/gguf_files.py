@@ -191,7 +191,7 @@ def _model_values(config: dict[str, Any], architecture: str) -> dict[str, Any]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
-        "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
+        "rope.freq_base": float(rope.get("rope_theta") or config["rope_theta"]),
         "vocab_size": config["vocab_size"],
     }
     if rope.get("rope_type") in ("linear", "yarn"):
@@ -245,7 +245,7 @@ def _tokenizer_values(checkpoint: Path, config: dict[str, Any], pre: str) -> dic
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.chat_template": settings.get("chat_template"),
-        "tokenizer.ggml.add_bos_token": settings.get("add_bos_token"),
+        "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer, settings),
     }
     if is_bytes:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
@@ -256,6 +256,14 @@ def _tokenizer_values(checkpoint: Path, config: dict[str, Any], pre: str) -> dic
         if isinstance(settings.get(f"{name}_token"), str):
             values[f"tokenizer.ggml.{key}_token_id"] = ids[settings[f"{name}_token"]]
     return values
+
+
+def _adds_bos(tokenizer: dict[str, Any], settings: dict[str, Any]) -> bool | None:
+    """As the package's SpecialVocab has it: what is put in front of a text counts, else what the settings say."""
+    first = ((tokenizer.get("post_processor") or {}).get("single") or [{}])[0]
+    if first.get("SpecialToken", {}).get("id") == settings.get("bos_token"):
+        return True
+    return settings.get("add_bos_token")
 
 
 def _tensors(checkpoint: Path, config: dict[str, Any], architecture: str) -> dict[str, np.ndarray]:
