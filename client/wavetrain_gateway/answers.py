@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,8 @@ class Answer:
             "created": created_s,
             "model": plan.model,
         }
-        # The same beginning for every event of a stream.
-        self._event_head = _dumps(self._head)[:-1]
+        # The same beginning for every chunk of a stream.
+        self._head_text = _dumps(self._head)[:-1]
 
     def add(self, news: News) -> None:
         """Takes news of one sequence, for `whole`.
@@ -76,8 +76,8 @@ class Answer:
         """
         self._collect(self._sequence_of(news), news)
 
-    def events(self, news: News, stats: FeedStats) -> bytes:
-        """Takes news of one sequence; returns the events that tell them.
+    def pieces(self, news: News, stats: FeedStats) -> list[str]:
+        """Takes news of one sequence; returns the chunks, JSON texts, that tell them.
 
         Raises:
             GatewayError: the sequence was cancelled, or failed.
@@ -88,13 +88,13 @@ class Answer:
         self._running_usage = self.usage(stats) if self._plan.has_running_usage else None
         index = self._index_of(sequence)
         if self._plan.is_chat:
-            return self._chat_events(index, sequence, news)
-        return self._completion_event(index, sequence, news)
+            return self._chat_pieces(index, sequence, news)
+        return self._completion_pieces(index, sequence, news)
 
-    def usage_event(self, stats: FeedStats) -> bytes:
-        """The event with the usage and no choices, which ends a stream that asks for it."""
+    def usage_piece(self, stats: FeedStats) -> str:
+        """The chunk with the usage and no choices, which ends a stream that asks for it."""
         self._running_usage = self.usage(stats)
-        return self._event([])
+        return self._piece([])
 
     def usage(self, stats: FeedStats) -> dict[str, Any]:
         """`usage`: what the request has cost."""
@@ -175,20 +175,20 @@ class Answer:
         logprobs = None if num_top is None else completion_logprobs(sequence.positions, num_top, 0)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _chat_events(self, index: int, sequence: GrowingText, news: News) -> bytes:
-        events = b""
+    def _chat_pieces(self, index: int, sequence: GrowingText, news: News) -> list[str]:
+        pieces: list[str] = []
         if not sequence.is_shown:
             sequence.is_shown = True
-            events += self._choice_event(index, {"role": "assistant", "content": ""}, None, None)
+            pieces.append(self._chat_piece(index, {"role": "assistant", "content": ""}, None, None))
         if news.text or news.logprobs:
             num_top = self._plan.num_top
             logprobs = None if num_top is None else chat_logprobs(news.logprobs, num_top)
-            events += self._choice_event(index, {"content": news.text}, logprobs, None)
+            pieces.append(self._chat_piece(index, {"content": news.text}, logprobs, None))
         if news.finish_reason is not None:
-            events += self._choice_event(index, {}, None, news.finish_reason)
-        return events
+            pieces.append(self._chat_piece(index, {}, None, news.finish_reason))
+        return pieces
 
-    def _completion_event(self, index: int, sequence: GrowingText, news: News) -> bytes:
+    def _completion_pieces(self, index: int, sequence: GrowingText, news: News) -> list[str]:
         text, positions = (news.text, news.logprobs) if self._plan.max_tokens else ("", [])
         if self._plan.is_echoed and not sequence.is_shown:
             sequence.is_shown = True
@@ -196,22 +196,26 @@ class Answer:
         if news.prompt_logprobs is not None and news.sequence_index == 0:
             positions = [*news.prompt_logprobs, *positions]
         if not text and not positions and news.finish_reason is None:
-            return b""
+            return []
         num_top = self._plan.num_top
         logprobs = None if num_top is None else completion_logprobs(positions, num_top, sequence.num_chars)
         sequence.num_chars += len(text)
         reason = news.finish_reason and (news.finish_reason if self._plan.max_tokens else "length")
-        return self._event([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}])
+        return [self._piece([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}])]
 
-    def _choice_event(
+    def _chat_piece(
         self, index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, reason: FinishReason | None
-    ) -> bytes:
-        return self._event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
+    ) -> str:
+        return self._piece([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
-    def _event(self, choices: list[dict[str, Any]]) -> bytes:
+    def _piece(self, choices: list[dict[str, Any]]) -> str:
         usage = {} if self._running_usage is None else {"usage": self._running_usage}
-        end = _dumps({"choices": choices, **usage})[1:]
-        return f"data: {self._event_head},{end}\n\n".encode()
+        return f"{self._head_text},{_dumps({'choices': choices, **usage})[1:]}"
+
+
+def as_events(pieces: Iterable[str]) -> bytes:
+    """Chunks as server-sent events."""
+    return "".join([f"data: {piece}\n\n" for piece in pieces]).encode()
 
 
 def error_event(error: GatewayError, request_id: str) -> bytes:

@@ -20,7 +20,9 @@ from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.generation import as_gateway_error
 from wavetrain_gateway.routes import ROUTES, RouteSpec, RouteTable
 from wavetrain_gateway.services import Services
+from wavetrain_gateway.stream_socket import StreamSockets
 
+SOCKET_PATH = "/v1/stream"
 _CLIENT_CLOSED = 499
 
 
@@ -31,11 +33,14 @@ class GatewayApp:
         self.services = services
         self.routes = routes
         self._table = RouteTable(routes)
+        self._sockets = StreamSockets(services)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI 3."""
         if scope["type"] == "http":
             await self._answer(Exchange(scope, receive, send))
+        elif scope["type"] == "websocket":
+            await self._serve_socket(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._live(receive, send)
 
@@ -55,6 +60,13 @@ class GatewayApp:
         finally:
             self.services.metrics.count(exchange)
             self.services.log.request(exchange)
+
+    async def _serve_socket(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == SOCKET_PATH:
+            await self._sockets.serve(scope, receive, send)
+        else:
+            # Before the handshake this refuses it.
+            await send({"type": "websocket.close", "code": 1008})
 
     async def _handle(self, exchange: Exchange) -> None:
         exchange.take_request_id()
@@ -93,6 +105,7 @@ class GatewayApp:
         await self.services.upstream.start()
 
     async def _stop(self) -> None:
+        await self._sockets.close()
         await self.services.upstream.close()
         await self.services.admission.close()
         await self.services.cache.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 from wavetrain_client import ClientError
 from wavetrain_gateway.admission import Ticket
-from wavetrain_gateway.answers import DONE, Answer, error_event
+from wavetrain_gateway.answers import DONE, Answer, as_events, error_event
 from wavetrain_gateway.bodies import ClientGone, parse_body, read_body
 from wavetrain_gateway.errors import (
     Forbidden,
@@ -25,7 +25,7 @@ from wavetrain_gateway.event_stream import EventStream, ReaderTooSlow
 from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.feed import Feed
 from wavetrain_gateway.plan import Plan, plan_chat, plan_completion
-from wavetrain_gateway.response_cache import CachedAnswer, cached_events
+from wavetrain_gateway.response_cache import CachedAnswer, cached_pieces
 from wavetrain_gateway.schemas import ChatRequest, CompletionRequest
 from wavetrain_gateway.services import Services
 
@@ -104,9 +104,9 @@ async def _answer(exchange: Exchange, services: Services, plan: Plan) -> None:
 
 
 async def _generate(exchange: Exchange, services: Services, plan: Plan, timeout_s: float) -> None:
-    prompt_texts = await _prompt_texts(plan, services, timeout_s)
+    echoed = await prompt_texts(plan, services, timeout_s)
     is_kept = services.cache.may_keep(plan)
-    answer = Answer(plan, answer_id(plan, exchange.request_id), int(time.time()), prompt_texts, is_kept=is_kept)
+    answer = Answer(plan, answer_id(plan, exchange.request_id), int(time.time()), echoed, is_kept=is_kept)
     async with open_feed(plan, exchange, services, timeout_s) as feed:
         with services.lifecycle.running(exchange.request_id, exchange.caller.name, feed):
             show = _stream if plan.is_streamed else _whole
@@ -152,7 +152,7 @@ async def open_feed(plan: Plan, exchange: Exchange, services: Services, timeout_
         yield feed
 
 
-async def _prompt_texts(plan: Plan, services: Services, timeout_s: float) -> Sequence[str]:
+async def prompt_texts(plan: Plan, services: Services, timeout_s: float) -> Sequence[str]:
     """What `echo` puts before the outputs."""
     if not plan.is_echoed:
         return ()
@@ -200,9 +200,9 @@ async def _write_events(
 ) -> None:
     try:
         while news:
-            events = b"".join([answer.events(item, feed.stats) for item in news])
-            if events:
-                await stream.write(events)
+            pieces = [piece for item in news for piece in answer.pieces(item, feed.stats)]
+            if pieces:
+                await stream.write(as_events(pieces))
             news = await feed.take()
     except ClientGone:
         raise
@@ -214,8 +214,8 @@ async def _write_events(
         await stream.write(error_event(failure, exchange.request_id), is_last=True)
         return
     exchange.record.finish_reasons = answer.finish_reasons()
-    last = answer.usage_event(feed.stats) if plan.has_usage else b""
-    await stream.write(last + DONE, is_last=True)
+    last = [answer.usage_piece(feed.stats)] if plan.has_usage else []
+    await stream.write(as_events(last) + DONE, is_last=True)
     if services.cache.may_keep(plan):
         await services.cache.keep(plan, exchange.caller, answer.whole(feed.stats))
 
@@ -242,4 +242,4 @@ async def _answer_from_cache(exchange: Exchange, services: Services, plan: Plan,
         exchange, write_timeout_s=flow.write_timeout_s, ping_interval_s=flow.ping_interval_s
     ) as stream:
         await stream.start({})
-        await stream.write(cached_events(plan, body) + DONE, is_last=True)
+        await stream.write(as_events(cached_pieces(plan, body)) + DONE, is_last=True)

@@ -150,8 +150,8 @@ class ResponseCache:
         return hashlib.sha256(f"{owner}\0{plan.fingerprint()}".encode()).hexdigest()
 
 
-def cached_events(plan: Plan, body: dict[str, Any]) -> bytes:
-    """A kept answer as the events of a stream."""
+def cached_pieces(plan: Plan, body: dict[str, Any]) -> list[str]:
+    """A kept answer as the chunks of a stream."""
     head = {name: body[name] for name in ("id", "created", "model")}
     head["object"] = "chat.completion.chunk" if plan.is_chat else "text_completion"
     events: list[dict[str, Any]] = []
@@ -167,4 +167,4 @@ def cached_events(plan: Plan, body: dict[str, Any]) -> bytes:
         events.append({**head, "choices": [{**base, "delta": {}, "finish_reason": choice["finish_reason"]}]})
     if plan.has_usage:
         events.append({**head, "choices": [], "usage": body["usage"]})
-    return b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in events)
+    return [json.dumps(event) for event in events]
