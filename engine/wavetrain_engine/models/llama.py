@@ -30,7 +30,6 @@ class LlamaAttention(nn.Module):
         self.head_dim = config.head_dim
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.split_sizes = [query_size, kv_size, kv_size]
         self.qkv_proj = MergedLinear(config.hidden_size, parts, bias=config.attention_bias, dtype=dtype)
         self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_output_bias, dtype=dtype)
         self.rotary = rotary
@@ -49,8 +48,7 @@ class LlamaAttention(nn.Module):
         wanted: WantedTokens | None,
     ) -> Tensor:
         """Takes x [T, H]; returns [T, H], or [N, H] of the wanted tokens."""
-        qkv = self.qkv_proj(x).split(self.split_sizes, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj.split(x))
         query = self.rotary(query, key, value, positions, kv_cache, metadata.slot_mapping, self.head_norms())
         if wanted is not None:
             query, metadata = ops.select_rows(query, wanted.indices), wanted.metadata

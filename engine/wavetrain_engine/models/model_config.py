@@ -2,7 +2,7 @@
 """config.json → ModelConfig, by an allow-list of our own, without torch.
 
 Only the keys named here are read, each with its type and range. A key that would change the computation in a
-way we do not serve (quantization, partial rotation, bidirectional attention) is refused by name; code shipped
+way we do not serve (partial rotation, bidirectional attention) is refused by name; code shipped
 with a checkpoint (`auto_map`) is never run, and not needed for the architectures below.
 """
 
@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from wavetrain_engine.config_reader import ConfigReader
 from wavetrain_engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from wavetrain_engine.gguf.gguf_file import GgufFile
 from wavetrain_engine.gguf.model_values import config_values, frequency_factors
 from wavetrain_engine.layers.rope_config import RopeConfig
 from wavetrain_engine.model_location import ModelLocation
-from wavetrain_engine.models.config_reader import ConfigReader
 from wavetrain_engine.models.moe_config import MoeConfig, parse_moe
 from wavetrain_engine.models.rope_parameters import parse_rope
+from wavetrain_engine.quantization.quantization_config import parse_quantization
+from wavetrain_engine.quantization.stored_format import QuantizationConfig
 
 # Four times the longest context of these families. It bounds the rotary table, the one allocation whose size no
 # tensor of the checkpoint confirms; and float32, which positions are multiplied in, is exact far beyond.
@@ -88,6 +90,7 @@ class ModelConfig:
         query_pre_attn_scalar: attention scores are divided by its square root; usually head_dim.
         moe: of families with mixtures of experts.
         dtype: of the checkpoint: float32, float16 or bfloat16.
+        quantization: which layers are quantized, and how; None: none is, or a GGUF file that says so itself.
     """
 
     architecture: str
@@ -112,6 +115,7 @@ class ModelConfig:
     hidden_act: str
     moe: MoeConfig | None
     dtype: str
+    quantization: QuantizationConfig | None
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelConfig:
@@ -167,6 +171,7 @@ class ModelConfig:
             hidden_act=family.hidden_act,
             moe=parse_moe(config, family.model_type, num_layers),
             dtype=_dtype(config),
+            quantization=parse_quantization(config),
         )
 
     @property
@@ -249,13 +254,6 @@ def _architecture(config: ConfigReader) -> str:
 
 
 def _refuse_unsupported(config: ConfigReader, architecture: str, family: _Family) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if config.value(key) is not None:
-            method = config.mapping(key).get("quant_method", "unknown method")
-            raise UnsupportedModelError(
-                f"config.json: {key} ({str(method)[:40]}): quantized checkpoints are not supported yet; "
-                "use the unquantized checkpoint (float32, float16 or bfloat16)"
-            )
     for key in ("is_encoder_decoder", "use_bidirectional_attention", "add_cross_attention"):
         if config.boolean(key, False):
             raise UnsupportedModelError(f"config.json: {key} is not supported: {architecture} is served as a decoder")

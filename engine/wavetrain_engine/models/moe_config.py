@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wavetrain_engine.config_reader import ConfigReader
 from wavetrain_engine.errors import ConfigError
-from wavetrain_engine.models.config_reader import ConfigReader
 
 # Four times the most of the families that are served; each expert becomes a module and three tensors.
 _MAX_EXPERTS = 512

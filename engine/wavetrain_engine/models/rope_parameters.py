@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 from typing import cast
 
+from wavetrain_engine.config_reader import ConfigReader
 from wavetrain_engine.errors import ConfigError, UnsupportedModelError
 from wavetrain_engine.layers.rope_config import ROPE_TYPES, RopeConfig, RopeType
-from wavetrain_engine.models.config_reader import ConfigReader
 
 _MAX_THETA = 1e12
 _MAX_FACTOR = 1e5

@@ -4,11 +4,14 @@
 Order matters: every name, shape and dtype is compared before any memory is asked for, so that neither a
 config.json nor a header can make us allocate more than the files really hold. Then each tensor is read once, into its
 place (its rows of a merged projection), converted on the way: module by module, as one that kernels want packed is
-packed when its last tensor is there. So there is never more in memory than the weights and one module.
+packed when its last tensor is there. So there is never more in memory than the weights and one module. Quantized
+weights stay as they are, but for experts and embeddings, whose kernels want numbers.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,48 +20,131 @@ import torch
 from torch import Tensor, nn
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.layers.linear import Linear
 from wavetrain_engine.layers.parameter import PackedModule
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.weights.checkpoint import Checkpoint
 from wavetrain_engine.weights.expert_stacks import unstack_experts
-from wavetrain_engine.weights.name_map import EMBEDDING, OUTPUT_HEAD, Target, check_tensors, name_map
+from wavetrain_engine.weights.name_map import EMBEDDING, OUTPUT_HEAD, Target, name_map
 from wavetrain_engine.weights.safetensors_header import TensorEntry
+from wavetrain_engine.weights.stored_weight import StoredTensor, StoredWeight
 from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
+from wavetrain_engine.weights.weight_plan import describe_plan, plan_weights
+from wavetrain_kernels.ops import QuantizedWeight
+
+_LOG = logging.getLogger(__name__)
 
 # Called with (bytes read, bytes to read) after each tensor.
 Progress = Callable[[int, int], None]
 
 
 def load_weights(model: Model, model_dir: Path, config: ModelConfig, *, progress: Progress | None = None) -> int:
-    """Allocates `model` and fills it from the safetensors files of `model_dir`.
+    """Allocates `model` and fills it from the weight files of `model_dir`.
 
     Returns:
         Bytes of memory that the weights take.
 
     Raises:
-        CheckpointError: a file or tensor is missing, truncated, misshapen, unknown or of a wrong dtype; or
-            there is not enough memory.
+        CheckpointError: a file or tensor is missing, truncated, misshapen, unknown or of a wrong dtype, or its numbers
+            make no sense; or there is not enough memory.
     """
-    checkpoint = Checkpoint(unstack_experts(Checkpoint.open(model_dir).tensors, model))
+    tensors = unstack_experts(Checkpoint.open(model_dir).tensors, model)
     targets = name_map(model)
-    check_tensors(checkpoint.tensors, targets, architecture=config.architecture, tied=config.tie_word_embeddings)
+    weights = plan_weights(tensors, targets, config)
     reader = TensorReader(model.device)
-    _check_tie(reader, checkpoint.tensors, targets)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    total_bytes, done_bytes = sum(checkpoint.tensors[name].num_bytes for name in targets), 0
-    scratch = Scratch(model.device)
-    with memory_needed(weight_bytes, model.max_model_len):
+    _check_tie(reader, tensors, weights)
+    scheme = describe_plan(weights, config)
+    if scheme is not None:
+        _LOG.info("quantized weights: %s", scheme)
+    count = _Count(sum(weight.num_bytes for weight in weights.values()), progress)
+    loading = _Loading(targets, weights, reader, Scratch(model.device), count)
+    with memory_needed(_expected_bytes(targets, weights), model.max_model_len):
         model.allocate()
-        for module, names in _by_module(targets, checkpoint.tensors).items():
-            with filling(module, scratch):
-                for name in names:
-                    entry = checkpoint.tensors[name]
-                    reader.read(entry, targets[name].memory())
-                    done_bytes += entry.num_bytes
-                    if progress is not None:
-                        progress(done_bytes, total_bytes)
+        weight_bytes = sum(loading.fill(module, names) for module, names in _by_module(targets, weights).items())
+    loading.log_separate()
     return weight_bytes
+
+
+class _Count:
+    """Bytes read, as they are reported."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._done = 0
+        self._progress = progress
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+class _Loading:
+    """Fills one module after the other."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        weights: Mapping[str, StoredWeight],
+        reader: TensorReader,
+        scratch: Scratch,
+        count: _Count,
+    ) -> None:
+        self._targets = targets
+        self._weights = weights
+        self._reader = reader
+        self._scratch = scratch
+        self._count = count
+        self._num_separate = 0
+        self._num_widened = 0
+
+    def fill(self, module: nn.Module, names: list[str]) -> int:
+        """Reads what a module wants; returns the bytes of memory it takes."""
+        is_quantized = any(self._weights[name].scheme is not None for name in names)
+        if isinstance(module, Linear) and is_quantized:
+            return self._fill_quantized(module, names)
+        self._num_widened += is_quantized
+        num_bytes = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+        with filling(module, self._scratch):
+            for name in names:
+                self._weights[name].read(self._reader, self._targets[name].memory())
+                self._count.add(self._weights[name].num_bytes)
+        return num_bytes
+
+    def log_separate(self) -> None:
+        """Says which modules are not held as one would think."""
+        if self._num_separate:
+            _LOG.warning(
+                "%d merged projections have parts of different schemes, which are computed one by one",
+                self._num_separate,
+            )
+        if self._num_widened:
+            _LOG.warning("%d quantized modules are held unquantized: experts, and embeddings", self._num_widened)
+
+    def _fill_quantized(self, module: Linear, names: list[str]) -> int:
+        parts: list[tuple[int, Tensor | QuantizedWeight]] = []
+        num_bytes = 0
+        for name in names:
+            target, stored = self._targets[name], self._weights[name]
+            if target.attribute == "weight":
+                parts.append((target.start, self._read_part(stored, target, module)))
+            else:
+                stored.read(self._reader, target.memory())
+                num_bytes += target.memory().nbytes
+            self._count.add(stored.num_bytes)
+        parts.sort(key=lambda part: part[0])
+        num_bytes += module.pack_parts([part for _, part in parts])
+        self._num_separate += module.is_separate
+        return num_bytes
+
+    def _read_part(self, stored: StoredWeight, target: Target, module: Linear) -> Tensor | QuantizedWeight:
+        weight = stored.read_quantized(self._reader)
+        if weight is not None:
+            return weight
+        dense = torch.empty(target.shape, dtype=module.weight.dtype, device=self._reader.device)
+        stored.read(self._reader, dense)
+        return dense
 
 
 @contextmanager
@@ -84,27 +170,38 @@ def memory_needed(weight_bytes: int, max_model_len: int) -> Generator[None]:
         ) from error
 
 
-def _by_module(targets: Mapping[str, Target], tensors: Mapping[str, TensorEntry]) -> dict[nn.Module, list[str]]:
-    """Returns the names of each module's tensors, in the order they lie on disk: nearly one sequential read."""
+def _expected_bytes(targets: Mapping[str, Target], weights: Mapping[str, StoredWeight]) -> int:
+    """Returns what the weights take, quantized ones as many bytes as in the files."""
+    return sum(
+        weights[name].num_bytes
+        if weights[name].scheme is not None and isinstance(target.module, Linear)
+        else math.prod(target.shape) * getattr(target.module, target.attribute).dtype.itemsize
+        for name, target in targets.items()
+    )
+
+
+def _by_module(targets: Mapping[str, Target], weights: Mapping[str, StoredWeight]) -> dict[nn.Module, list[str]]:
+    """Returns the names of each module's weights, in the order they lie on disk: nearly one sequential read."""
     groups: dict[nn.Module, list[str]] = {}
-    for name in sorted(targets, key=lambda name: (tensors[name].file, tensors[name].begin)):
+    for name in sorted(targets, key=lambda name: weights[name].position):
         groups.setdefault(targets[name].module, []).append(name)
     return groups
 
 
-def _check_tie(reader: TensorReader, tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target]) -> None:
+def _check_tie(reader: TensorReader, tensors: Mapping[str, TensorEntry], weights: Mapping[str, StoredWeight]) -> None:
     """Refuses a checkpoint whose config.json ties two tensors that are both there and differ."""
-    if OUTPUT_HEAD in targets or OUTPUT_HEAD not in tensors:
+    if OUTPUT_HEAD in weights or OUTPUT_HEAD not in tensors:
         return
-    head, embedding = tensors[OUTPUT_HEAD], tensors[EMBEDDING]
-    if head.shape != embedding.shape or not torch.equal(_read(reader, head), _read(reader, embedding)):
+    head = torch.empty(tensors[OUTPUT_HEAD].shape, dtype=torch.float32)
+    reader.read(tensors[OUTPUT_HEAD], head)
+    embedding = weights[EMBEDDING]
+    is_equal = isinstance(embedding, StoredTensor) and embedding.entry.shape == tensors[OUTPUT_HEAD].shape
+    if is_equal:
+        other = torch.empty_like(head)
+        embedding.read(reader, other)
+        is_equal = torch.equal(head, other)
+    if not is_equal:
         raise CheckpointError(
             f"config.json ties {OUTPUT_HEAD} to {EMBEDDING}, but the checkpoint has both and they differ; "
             "set tie_word_embeddings to false in config.json"
         )
-
-
-def _read(reader: TensorReader, entry: TensorEntry) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=torch.float32)
-    reader.read(entry, tensor)
-    return tensor

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.layers.linear import MergedLinear
 from wavetrain_engine.layers.moe import ExpertProjection
+from wavetrain_engine.quantization.kv_scales import is_kv_scale
+from wavetrain_engine.quantization.stored_format import FLOAT_DTYPES, TensorSpec
 from wavetrain_engine.weights.checkpoint import first_few
 from wavetrain_engine.weights.gguf_tensors import GgufTensor
 from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
-_DTYPES = ("F32", "F16", "BF16")
 # Checkpoints of transformers before 4.32 saved this buffer; we compute it.
 _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -65,17 +66,35 @@ def name_map(model: nn.Module) -> dict[str, Target]:
 def check_tensors(
     tensors: Mapping[str, TensorEntry], targets: Mapping[str, Target], *, architecture: str, tied: bool
 ) -> None:
-    """Checks that a checkpoint holds exactly the tensors a model wants.
+    """Checks that a checkpoint holds exactly the tensors a model wants, none of them quantized but by GGUF.
+
+    Raises:
+        CheckpointError: as `check_specs`.
+    """
+    specs = {name: plain_spec(tensors.get(name), target.shape) for name, target in targets.items()}
+    check_specs(tensors, specs, architecture=architecture, tied=tied)
+
+
+def plain_spec(entry: TensorEntry | None, shape: tuple[int, ...]) -> TensorSpec:
+    """Returns what a tensor that is not quantized, or by itself, must look like."""
+    # A GGUF file's types were looked at when it was opened.
+    return TensorSpec.of((entry.dtype,) if isinstance(entry, GgufTensor) else FLOAT_DTYPES, shape)
+
+
+def check_specs(
+    tensors: Mapping[str, TensorEntry], specs: Mapping[str, TensorSpec], *, architecture: str, tied: bool
+) -> None:
+    """Checks that a checkpoint holds exactly the tensors that are described.
 
     Raises:
         CheckpointError: names the missing, the extra, the misshapen tensors, or those of a wrong dtype.
     """
-    missing = [name for name in targets if name not in tensors]
-    extra = [name for name in tensors if name not in targets and not is_ignored(name, tied=tied)]
+    missing = [name for name, spec in specs.items() if name not in tensors and not spec.is_optional]
+    extra = [name for name in tensors if name not in specs and not is_ignored(name, tied=tied)]
     if missing:
         hint = f"; it has {first_few(extra)} instead" if extra else ""
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the {len(targets)} tensors that config.json's {architecture} "
+            f"the checkpoint lacks {len(missing)} of the {len(specs)} tensors that config.json's {architecture} "
             f"wants: {first_few(missing)}{hint}"
         )
     if extra:
@@ -83,26 +102,26 @@ def check_tensors(
             f"the checkpoint has {len(extra)} tensors that config.json's {architecture} does not know: "
             f"{first_few(extra)}; does config.json belong to it?"
         )
+    there = {name: spec for name, spec in specs.items() if name in tensors}
     wrong = [
-        f"{name} ({list(tensors[name].shape)} instead of {list(target.shape)})"
-        for name, target in targets.items()
-        if tensors[name].shape != target.shape
+        f"{name} ({list(tensors[name].shape)} instead of {list(spec.forms[0][1])})"
+        for name, spec in there.items()
+        if all(tensors[name].shape != shape for _, shape in spec.forms)
     ]
     if wrong:
         raise CheckpointError(f"{len(wrong)} tensors do not have the shape config.json implies: {first_few(wrong)}")
-    # A GGUF file's types were looked at when it was opened.
-    plain = [name for name in targets if not isinstance(tensors[name], GgufTensor)]
-    wrong = [f"{name} ({tensors[name].dtype})" for name in plain if tensors[name].dtype not in _DTYPES]
+    wrong = [
+        f"{name} ({tensors[name].dtype} instead of {' or '.join(dict.fromkeys(dtype for dtype, _ in spec.forms))})"
+        for name, spec in there.items()
+        if not spec.allows(tensors[name].dtype, tensors[name].shape)
+    ]
     if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} tensors are not of a supported dtype ({', '.join(_DTYPES)}): {first_few(wrong)}; "
-            "quantized checkpoints are not supported yet"
-        )
+        raise CheckpointError(f"{len(wrong)} tensors are not of the dtype that config.json implies: {first_few(wrong)}")
 
 
 def is_ignored(name: str, *, tied: bool) -> bool:
     """Whether a tensor that no parameter wants is harmless."""
-    return name.endswith(_HARMLESS_SUFFIX) or (tied and name == OUTPUT_HEAD)
+    return name.endswith(_HARMLESS_SUFFIX) or (tied and name == OUTPUT_HEAD) or is_kv_scale(name)
 
 
 def _checkpoint_name(path: str, attribute: str) -> str:

@@ -18,7 +18,11 @@ from wavetrain_engine.weights.gguf_reader import read_dense
 from wavetrain_engine.weights.gguf_tensors import GgufTensor
 from wavetrain_engine.weights.safetensors_header import TensorEntry
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 _CPU = torch.device("cpu")
 _PIECE_BYTES = 2**25
 
@@ -52,6 +56,7 @@ class TensorReader:
     """
 
     def __init__(self, device: torch.device = _CPU) -> None:
+        self.device = device
         self._scratch = Scratch(_CPU)
         self._pieces = None if device.type == "cpu" else Pieces(device)
 
@@ -73,6 +78,16 @@ class TensorReader:
             tensor = self._scratch.take(entry.shape, dtype)
             _fill(tensor, entry)
             out.copy_(tensor)
+
+    def read_new(self, entry: TensorEntry) -> Tensor:
+        """Returns a tensor on the device, of the entry's own dtype.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device=self.device)
+        self.read(entry, tensor)
+        return tensor
 
 
 class Pieces:

@@ -220,7 +220,7 @@ REFUSED: list[tuple[dict[str, Any], type[WavetrainError], str]] = [
     ({"architectures": [], "model_type": "qwen4"}, UnsupportedModelError, "nearest is qwen"),
     ({"architectures": None, "model_type": None}, ConfigError, "architectures is missing"),
     ({"architectures": "LlamaForCausalLM"}, ConfigError, "architectures must be a list of strings"),
-    ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, r"quantization_config \(gptq\)"),
+    ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedModelError, "'hqq' is not supported; supported are"),
     ({"quantization_config": "gptq"}, ConfigError, "quantization_config must be an object"),
     ({"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu'.*only 'silu'"),
     ({"is_encoder_decoder": True}, UnsupportedModelError, "is_encoder_decoder"),
