@@ -22,6 +22,7 @@ from wavetrain_engine.errors import WavetrainError
 _COMMANDS = {
     "serve": ("wavetrain_cli.serve", "serve a model on the Triton server"),
     "gateway": ("wavetrain_cli.gateway", "answer OpenAI's API from running Triton servers"),
+    "keys": ("wavetrain_cli.keys", "make API keys of the gateway, and keep the file of their hashes"),
     "run": ("wavetrain_cli.run", "complete a prompt in the terminal, or talk to a model"),
     "repo": ("wavetrain_cli.repo", "build a Triton model repository for a checkpoint"),
     "quantize": ("wavetrain_cli.quantize", "make a quantized checkpoint of one that is not"),
