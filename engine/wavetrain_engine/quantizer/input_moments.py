@@ -22,14 +22,12 @@ class InputMoments:
     Attributes:
         count: tokens that were seen.
         second: [K, K] float32, the sum of x x^T.
-        sizes: [K] float32, the sum of |x|.
         largest: [K] float32, the largest |x|.
     """
 
     def __init__(self, in_features: int) -> None:
         self.count = 0
         self.second = torch.zeros(in_features, in_features)
-        self.sizes = torch.zeros(in_features)
         self.largest = torch.zeros(in_features)
 
     def add(self, x: Tensor) -> None:
@@ -39,14 +37,11 @@ class InputMoments:
         wide = x.float()
         self.count += x.shape[0]
         self.second.addmm_(wide.t(), wide)
-        wide = wide.abs()
-        self.sizes += wide.sum(0)
-        torch.maximum(self.largest, wide.amax(0), out=self.largest)
+        torch.maximum(self.largest, wide.abs().amax(0), out=self.largest)
 
     def rescale(self, factors: Tensor) -> None:
         """Turns the sums into those of inputs that are multiplied by factors [K] > 0."""
         self.second.mul_(factors[:, None]).mul_(factors[None, :])
-        self.sizes.mul_(factors)
         self.largest.mul_(factors)
 
     def loss(self, errors: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class LayerRunner:
             watched: by the name of a module.
             cache_range: of the first layer.
         """
-        hooks = [
-            model.get_submodule(name).register_forward_pre_hook(_hook(watch)) for name, watch in (watched or {}).items()
-        ]
+        modules = {model.get_submodule(name): watch for name, watch in (watched or {}).items()}
+        for module, watch in modules.items():
+            module.forward = _watched(module.forward, watch)
         try:
             for start in range(0, inputs.shape[0], self._batch):
                 batch = inputs[start : start + self._batch]
@@ -76,8 +76,8 @@ class LayerRunner:
                 if cache_range is not None:
                     cache_range.add(caches[0])
         finally:
-            for hook in hooks:
-                hook.remove()
+            for module in modules:
+                del module.forward  # and the class's own is back
 
     def _layout(self, model: Model, num_windows: int) -> tuple[list[KVCache], Tensor, AttentionMetadata]:
         """Returns caches, positions and layout of so many windows, each from its first token on."""
@@ -93,8 +93,10 @@ class LayerRunner:
         return caches, offsets.repeat(num_windows), metadata
 
 
-def _hook(watch: Watch) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
-    def look(_module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        watch(arguments[0])
+def _watched(forward: Callable[[Tensor], Tensor], watch: Watch) -> Callable[[Tensor], Tensor]:
+    # Not a hook: those are passed by where a module calls its own `forward`.
+    def look(x: Tensor) -> Tensor:
+        watch(x)
+        return forward(x)
 
     return look

@@ -163,7 +163,13 @@ def choose_group_size(recipe: Recipe, in_features: dict[str, int]) -> int:
     """
     scheme = recipe.weight_scheme
     if scheme.is_blocked:
-        return BLOCK_SIZE  # blocks at an edge may be smaller
+        wrong = next((name for name, width in in_features.items() if width > BLOCK_SIZE and width % BLOCK_SIZE), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"--scheme {scheme.name} wants blocks of {BLOCK_SIZE} inputs, and {wrong} has {in_features[wrong]}; "
+                "--scheme fp8 has no blocks"
+            )
+        return BLOCK_SIZE
     if recipe.group_size is None:
         return next(size for size in scheme.group_sizes if _divides(size, in_features))
     if _divides(recipe.group_size, in_features):

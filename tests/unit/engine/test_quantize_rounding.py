@@ -161,6 +161,8 @@ def test_the_group_size_is_the_largest_that_divides_everything():
     assert choose_group_size(recipe, {"a": 4096, "b": 96}) == 32
     assert choose_group_size(recipe, {"a": 4096, "b": 40}) == PER_CHANNEL
     assert choose_group_size(Recipe(scheme="fp8-block", method="rtn"), {"a": 40}) == 128
+    with pytest.raises(ConfigError, match="wants blocks of 128 inputs, and b has 200"):
+        choose_group_size(Recipe(scheme="fp8-block", method="rtn"), {"a": 256, "b": 200})
     asked = Recipe(scheme="w4a16", method="rtn", group_size=64)
     assert choose_group_size(asked, {"a": 128}) == 64
     with pytest.raises(ConfigError, match="does not divide the 96 inputs of b; these fit: 32, 16, -1"):
