@@ -82,6 +82,15 @@ class KeyedAdmission:
         """How often the shared store was found down."""
         return self._guard.num_failures if self._guard is not None else 0
 
+    @property
+    def is_store_down(self) -> bool:
+        """Whether the shared store does not answer."""
+        return self._guard is not None and self._guard.is_down
+
+    def num_running(self, caller: str) -> int:
+        """How many sequences of a caller, by its name, run now."""
+        return self._slots.running(caller)
+
     async def start(self) -> None:
         """Begins to watch the key file, and connects to the store."""
         if self._key_file is not None:
