@@ -16,18 +16,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fakes.compressed_layers import COMPRESSED
+from fakes.compressed_layers import COMPRESSED, Store
+from fakes.hugging_face_layers import HUGGING_FACE
 
 SINGLE = "model.safetensors"
 _LINEAR = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """A layer's tensors, by what follows its name, and its weight in float32."""
-
-    tensors: dict[str, Tensor]
-    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,13 +32,13 @@ class Recipe:
     """
 
     config: Mapping[str, Any]
-    store: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
+    store: Store
     inputs: str | None = None
     skipped: tuple[str, ...] = field(default=("lm_head",))
 
 
 RECIPES: dict[str, Recipe] = {
-    name: Recipe(config, store, inputs) for name, (config, store, inputs) in COMPRESSED.items()
+    name: Recipe(config, store, inputs) for name, (config, store, inputs) in {**COMPRESSED, **HUGGING_FACE}.items()
 }
 
 
@@ -77,7 +70,7 @@ def write_quantized(
     for folder, content, config in (("quantized", stored, recipe.config), ("dequantized", dense, None)):
         target = directory / folder
         shutil.copytree(source, target)
-        save_file({name: item.contiguous() for name, item in content.items()}, target / SINGLE, {"format": "pt"})
+        save_file({name: item.clone().contiguous() for name, item in content.items()}, target / SINGLE, {"format": "pt"})
         if config is not None:
             values = json.loads((target / "config.json").read_text())
             (target / "config.json").write_text(json.dumps({**values, "quantization_config": dict(config)}))

@@ -15,7 +15,7 @@ from wavetrain_engine.quantization.bit_packing import (
     widened_int2_values,
 )
 from wavetrain_engine.quantization.compressed_tensors_config import CompressedFormat
-from wavetrain_engine.quantization.layer_tensors import LayerTensors
+from wavetrain_engine.quantization.layer_tensors import LayerTensors, block_grid
 from wavetrain_kernels.ops import QuantizationScheme, QuantizedWeight
 
 # N = outputs of the layer, K = inputs, G = groups of inputs.
@@ -66,10 +66,7 @@ def _grid(stored: CompressedFormat, tensors: LayerTensors, rows: int, columns: i
         return columns, 1, scales.view(1, 1).expand(rows, 1).contiguous()
     if stored.block is None:
         return min(stored.group_size or columns, columns), 1, scales.view(rows, -1)
-    block_rows, group_size = stored.block
-    if block_rows != 128:  # kernels know no other blocks: each row has the scale of its own
-        block_rows, scales = 1, scales.repeat_interleave(block_rows, 0)[:rows]
-    return min(group_size, columns), block_rows, scales
+    return block_grid(scales, stored.block, rows, columns)
 
 
 def _values(stored: CompressedFormat, tensors: LayerTensors, rows: int, columns: int) -> Tensor:

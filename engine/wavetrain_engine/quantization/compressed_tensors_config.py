@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 from wavetrain_engine.config_reader import ConfigReader
 from wavetrain_engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from wavetrain_engine.quantization.module_targets import LayerTargets
-from wavetrain_engine.quantization.stored_format import FLOAT_DTYPES, LayerKind, TensorSpec, num_groups
+from wavetrain_engine.quantization.stored_format import FLOAT_DTYPES, GROUP_STEP, LayerKind, TensorSpec, num_groups
 
 _PACKED = "pack-quantized"
 _FORMATS = (_PACKED, "int-quantized", "naive-quantized", "float-quantized")
@@ -29,7 +29,6 @@ _SUPPORTED = (
     "group or block"
 )
 _MAX_GROUPS = 256
-_KERNEL_GROUP_STEP = 16
 
 Rounding = Literal["int8", "fp8"]
 
@@ -250,9 +249,9 @@ def _strategy(weights: ConfigReader, where: str) -> tuple[str, int | None, tuple
 
 
 def _check_step(size: int, where: str) -> None:
-    if size % _KERNEL_GROUP_STEP:
+    if size % GROUP_STEP:
         raise UnsupportedModelError(
-            f"{where}: groups of {size} inputs are not supported, only multiples of {_KERNEL_GROUP_STEP} are"
+            f"{where}: groups of {size} inputs are not supported, only multiples of {GROUP_STEP} are"
         )
 
 

@@ -18,6 +18,7 @@ from wavetrain_kernels.ops import QuantizedWeight, dequantize
 
 # N = outputs of the layer, K = inputs, G = groups of inputs.
 
+_KERNEL_BLOCK_ROWS = 128
 _ROWS_AT_ONCE = 1024  # a multiple of every block's rows that kernels know
 
 
@@ -116,6 +117,17 @@ class LayerTensors:
         if is_zero.any() and _has_values(weight, is_zero, zeros):
             raise self.wrong(scale, "holds scales of 0 for values that are not 0")
         return weight
+
+
+def block_grid(scales: Tensor, block: tuple[int, int], rows: int, columns: int) -> tuple[int, int, Tensor]:
+    """Returns the group size, the rows of a block and the scales of a weight with a scale for each block.
+
+    Kernels know blocks of 128 rows; of others, each row gets the scale of its block.
+    """
+    block_rows, group_size = block
+    if block_rows != _KERNEL_BLOCK_ROWS:
+        block_rows, scales = 1, scales.repeat_interleave(block_rows, 0)[:rows]
+    return min(group_size, columns), block_rows, scales
 
 
 def _has_values(weight: QuantizedWeight, is_zero: Tensor, zeros: Tensor | None) -> bool:

@@ -10,7 +10,11 @@ from collections.abc import Callable
 
 from wavetrain_engine.config_reader import ConfigReader
 from wavetrain_engine.errors import ConfigError, UnsupportedModelError
+from wavetrain_engine.quantization.awq_config import parse_awq
+from wavetrain_engine.quantization.bitsandbytes_config import parse_bitsandbytes
 from wavetrain_engine.quantization.compressed_tensors_config import parse_compressed_tensors
+from wavetrain_engine.quantization.fp8_config import parse_fp8
+from wavetrain_engine.quantization.gptq_config import parse_gptq
 from wavetrain_engine.quantization.stored_format import QuantizationConfig
 
 _KEY, _OLD_KEY = "quantization_config", "compression_config"
@@ -18,6 +22,10 @@ _KEY, _OLD_KEY = "quantization_config", "compression_config"
 # A new method is one entry here, and one in `decode`.
 _PARSERS: dict[str, Callable[[ConfigReader, str], QuantizationConfig]] = {
     "compressed-tensors": parse_compressed_tensors,
+    "gptq": parse_gptq,
+    "awq": parse_awq,
+    "fp8": parse_fp8,
+    "bitsandbytes": parse_bitsandbytes,
 }
 
 METHODS = tuple(_PARSERS)

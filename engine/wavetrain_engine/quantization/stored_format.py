@@ -19,6 +19,9 @@ LayerKind = Literal["Linear", "Embedding"]
 """What config files call the classes of layers that can be quantized."""
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+MAX_TEXT_BYTES = 4096
+# Kernels want groups of a multiple of so many inputs.
+GROUP_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +31,33 @@ class TensorSpec:
     Attributes:
         forms: pairs of a dtype, as safetensors spells it, and a shape; it must be of one of them.
         is_optional: the layer may lack it.
+        is_text: the shape is one dimension of up to MAX_TEXT_BYTES.
     """
 
     forms: tuple[tuple[str, tuple[int, ...]], ...]
     is_optional: bool = False
+    is_text: bool = False
 
     @classmethod
     def of(cls, dtypes: Iterable[str], *shapes: tuple[int, ...], is_optional: bool = False) -> TensorSpec:
         """Returns the spec of a tensor of any of the dtypes, in any of the shapes."""
         return cls(tuple(product(dtypes, shapes)), is_optional)
 
+    @classmethod
+    def text(cls, *, is_optional: bool = False) -> TensorSpec:
+        """Returns the spec of bytes that are a text."""
+        return cls((("U8", (MAX_TEXT_BYTES,)),), is_optional, is_text=True)
+
+    def allows_shape(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of any of the dtypes may have this shape."""
+        if self.is_text:
+            return len(shape) == 1 and shape[0] <= MAX_TEXT_BYTES
+        return any(shape == allowed for _, allowed in self.forms)
+
     def allows(self, dtype: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this dtype and shape is what is wanted."""
+        if self.is_text:
+            return dtype == "U8" and self.allows_shape(shape)
         return (dtype, shape) in self.forms
 
 
