@@ -138,6 +138,7 @@ class Bench:
             max_model_len=self.max_model_len,
             block_size=BLOCK_SIZE,
             num_blocks=num_blocks,
+            kv_cache_dtype="float32",
             kv_cache_bytes=0,
             weight_bytes=0,
             max_num_seqs=self.num_requests,

@@ -27,6 +27,7 @@ else:  # pragma: no cover
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _DEVICES = ("auto", "cpu", "cuda")
 _LOAD_FORMATS = ("auto", "dummy")
+_KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "int8")
 
 
 _MAX_INT32 = 2**31 - 1
@@ -77,6 +78,12 @@ class CacheSection:
     block_size: int = _option(16, "tokens per KV-cache block", low=1, high=4096)
     kv_cache_memory: int | None = _option(
         None, "bytes of KV cache; default: from the memory there is", low=1, high=2**50
+    )
+    kv_cache_dtype: str = _option(
+        "auto",
+        "what the KV cache holds; auto: what the model computes in; fp8 (that is fp8_e4m3) or int8: about twice the "
+        "blocks in the same memory",
+        choices=_KV_CACHE_DTYPES,
     )
     gpu_memory_utilization: float = _option(
         0.9, "share of a GPU's memory to use: weights, working memory, and the KV cache as the rest", low=0.01, high=1.0

@@ -16,6 +16,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
         kernels: which kernel set answers `wavetrain_kernels.ops` on the device.
         num_blocks: blocks of the KV cache; `num_blocks * block_size / max_model_len` requests of full
             length fit at once.
+        kv_cache_dtype: what those hold: bfloat16, float16, float32, fp8_e4m3 or int8.
     """
 
     architecture: str
@@ -27,6 +28,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     block_size: int
     num_blocks: int
+    kv_cache_dtype: str
     kv_cache_bytes: int
     weight_bytes: int
     max_num_seqs: int

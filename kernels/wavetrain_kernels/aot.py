@@ -153,12 +153,13 @@ def main(arguments: list[str] | None = None) -> int:
     if knobs.runtime.interpret:
         sys.stderr.write("TRITON_INTERPRET is set: interpreted kernels cannot be compiled\n")
         return 2
-    names = [name for name in all_cases() if any(text in name for text in options.only)]
+    cases = all_cases()
+    names = [name for name in cases if any(text in name for text in options.only)]
     if not names:
         sys.stderr.write(f"no case has {' or '.join(options.only)} in its name\n")
         return 2
     start = time.perf_counter()
-    jobs = [(name, arch) for name in names for arch in options.arch]
+    jobs = [(name, arch) for name in names for arch in options.arch if arch in (cases[name].archs or options.arch)]
     num_failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for number, result in enumerate(_compile_all(jobs, options.workers, options.cache_dir or Path(folder)), 1):

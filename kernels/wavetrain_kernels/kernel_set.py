@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.lora_adapters import LoraAdapters, LoraBatch
 from wavetrain_kernels.program import Program
 from wavetrain_kernels.quantized_weight import QuantizedWeight
@@ -31,9 +32,9 @@ class KernelSet:
         new_program: (capacity, dtype) -> an empty Program; None where it records nothing, at all or of this dtype
         rms_norm: (out, x, weight, eps, weight_offset)
         add_rms_norm: (out, residual_out, x, residual, weight, eps, weight_offset)
-        rotate_and_cache: (query_out, query, key, value, positions, cos_sin_cache, key_cache, value_cache, slot_mapping,
-            query_norm, key_norm, eps); both norms or neither
-        paged_attention: (out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
+        rotate_and_cache: (query_out, query, key, value, positions, cos_sin_cache, cache, slot_mapping, query_norm,
+            key_norm, eps); both norms or neither
+        paged_attention: (out, query, cache, metadata, scale, sliding_window, soft_cap)
         apply_penalties: (logits, token_ids, output_counts, repetition, presence, frequency), in place
         filter_thresholds: (lowest_out, logits, temperature, top_k, top_p, min_p)
         sample: (token_ids_out, best_out, logits, seeds, positions, temperature, lowest)
@@ -72,8 +73,7 @@ class KernelSet:
             Tensor,
             Tensor,
             Tensor,
-            Tensor,
-            Tensor,
+            KVCache,
             Tensor,
             Tensor | None,
             Tensor | None,
@@ -81,9 +81,7 @@ class KernelSet:
         ],
         None,
     ]
-    paged_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None
-    ]
+    paged_attention: Callable[[Tensor, Tensor, KVCache, AttentionMetadata, float, int | None, float | None], None]
     pack_weight: Callable[[Tensor, bool], Tensor]
     embedding: Callable[[Tensor, Tensor, Tensor, float, bool], None]
     select_rows: Callable[[Tensor, Tensor, Tensor], None]

@@ -62,22 +62,20 @@ class Buffers:
 
     shape: Shape
     query: Tensor
-    key_cache: Tensor
-    value_cache: Tensor
+    cache: ops.KVCache
     metadata: ops.AttentionMetadata
 
     @classmethod
     def random(cls, shape: Shape, dtype: torch.dtype, device: torch.device) -> Buffers:
         """Draws inputs; every context's blocks lie scattered over the cache."""
         draw = partial(torch.randn, dtype=dtype, device=device)
-        cache = (shape.num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        sizes = (shape.num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
         tables = torch.randperm(shape.num_blocks, device=device).to(torch.int32).view(shape.num_rows, -1)
         num_tokens = shape.num_rows * shape.query_len
         return cls(
             shape=shape,
             query=draw(num_tokens, shape.num_heads, shape.head_dim),
-            key_cache=draw(*cache),
-            value_cache=draw(*cache),
+            cache=ops.KVCache(draw(*sizes), draw(*sizes)),
             metadata=ops.AttentionMetadata.build(
                 [shape.query_len] * shape.num_rows,
                 [shape.seq_len] * shape.num_rows,
@@ -93,15 +91,15 @@ class Buffers:
 
     def ours(self) -> Tensor:
         """Returns [T, Hq, D]."""
-        return ops.paged_attention(self.query, self.key_cache, self.value_cache, self.metadata, scale=self.scale)
+        return ops.paged_attention(self.query, self.cache, self.metadata, scale=self.scale)
 
     def in_one_piece(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries [B, Hq, Q, D], keys and values [B, Hkv, S, D] of some rows."""
         shape = self.shape
         tables = self.metadata.block_tables[rows].long()
         parts = [
-            cache[tables].transpose(1, 2).flatten(2, 3)[:, :, : shape.seq_len].contiguous()
-            for cache in (self.key_cache, self.value_cache)
+            heads[tables].transpose(1, 2).flatten(2, 3)[:, :, : shape.seq_len].contiguous()
+            for heads in (self.cache.key, self.cache.value)
         ]
         query = self.query.view(shape.num_rows, shape.query_len, shape.num_heads, shape.head_dim)[rows]
         return query.transpose(1, 2).contiguous(), parts[0], parts[1]
@@ -208,7 +206,7 @@ def varlen_attention(buffers: Buffers, *, is_paged: bool) -> Callable[[], Tensor
     if is_paged:
         if "block_table" not in known:
             raise ValueError("this torch's varlen_attn reads no paged cache")
-        key, value = (cache.transpose(1, 2).contiguous() for cache in (buffers.key_cache, buffers.value_cache))
+        key, value = (heads.transpose(1, 2).contiguous() for heads in (buffers.cache.key, buffers.cache.value))
         options |= {"block_table": metadata.block_tables, "seqused_k": metadata.seq_lens}
         starts_or_none = None
     else:
@@ -230,11 +228,11 @@ def flashinfer_attention(buffers: Buffers) -> Callable[[], Tensor]:
     last = torch.full((shape.num_rows,), (shape.seq_len - 1) % BLOCK_SIZE + 1, dtype=torch.int32, device=device)
     indices = metadata.block_tables.flatten()
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE)
-    kinds = {"q_data_type": buffers.query.dtype, "kv_data_type": buffers.key_cache.dtype}
+    kinds = {"q_data_type": buffers.query.dtype, "kv_data_type": buffers.cache.key.dtype}
     if shape.query_len == 1:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(scratch, "HND", use_tensor_cores=True)
         wrapper.plan(indptr, indices, last, *heads, **kinds)
     else:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "HND")
         wrapper.plan(metadata.query_start_loc, indptr, indices, last, *heads, causal=True, **kinds)
-    return lambda: wrapper.run(buffers.query, (buffers.key_cache, buffers.value_cache))
+    return lambda: wrapper.run(buffers.query, (buffers.cache.key, buffers.cache.value))

@@ -88,20 +88,20 @@ class _Rotation:
     value: Tensor
     positions: Tensor
     table: Tensor
-    caches: tuple[Tensor, Tensor]
+    cache: ops.KVCache
     slots: Tensor
 
     def ours(self) -> Tensor:
         return ops.rotate_and_cache(
-            self.query, self.key, self.value, self.positions, self.table, *self.caches, self.slots
+            self.query, self.key, self.value, self.positions, self.table, self.cache, self.slots
         )
 
     def by_torch(self) -> Tensor:
         cos, sin = self.table[self.positions].unsqueeze(2).unbind(1)
         rotated = [_rotated(heads, cos, sin) for heads in (self.query, self.key)]
         blocks, offsets = self.slots // _BLOCK_SIZE, self.slots % _BLOCK_SIZE
-        for cache, heads in zip(self.caches, (rotated[1], self.value), strict=True):
-            cache[blocks, :, offsets] = heads
+        for held, heads in ((self.cache.key, rotated[1]), (self.cache.value, self.value)):
+            held[blocks, :, offsets] = heads
         return rotated[0]
 
 
@@ -118,10 +118,10 @@ def _rotation(num_tokens: int, sizes: Sizes, draw: Callable[..., Tensor], device
     def make() -> _Rotation:
         fused = draw(num_tokens, sum(heads) * sizes.head_dim).view(num_tokens, sum(heads), sizes.head_dim)
         query, key, value = fused.split(heads, dim=1)
-        caches = tuple(draw(num_blocks, sizes.num_kv_heads, _BLOCK_SIZE, sizes.head_dim) for _ in range(2))
+        cache = ops.KVCache(*(draw(num_blocks, sizes.num_kv_heads, _BLOCK_SIZE, sizes.head_dim) for _ in range(2)))
         slots = torch.randperm(num_blocks * _BLOCK_SIZE, device=device)[:num_tokens]
         positions = torch.randint(4096, (num_tokens,), device=device)
-        return _Rotation(query, key, value, positions, table, (caches[0], caches[1]), slots)
+        return _Rotation(query, key, value, positions, table, cache, slots)
 
     num_bytes = (2 * sum(heads) + 1) * num_tokens * sizes.head_dim * table.itemsize
     sets = _sets(make, num_bytes, device)

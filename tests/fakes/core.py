@@ -41,6 +41,7 @@ def make_facts(config: EngineConfig, *, max_model_len: int, vocab_size: int, eos
         max_model_len=max_model_len,
         block_size=config.cache.block_size,
         num_blocks=config.cache.num_blocks or 0,
+        kv_cache_dtype="float32",
         kv_cache_bytes=0,
         weight_bytes=0,
         max_num_seqs=config.scheduler.max_num_seqs,

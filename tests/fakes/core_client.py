@@ -20,6 +20,7 @@ FACTS = EngineFacts(
     max_model_len=256,
     block_size=16,
     num_blocks=64,
+    kv_cache_dtype="float32",
     kv_cache_bytes=0,
     weight_bytes=0,
     max_num_seqs=8,

@@ -58,6 +58,7 @@ def load(config: EngineConfig, progress: Progress) -> tuple[SlowExecutor, Engine
         max_model_len=MAX_MODEL_LEN,
         block_size=16,
         num_blocks=1024,
+        kv_cache_dtype="float32",
         kv_cache_bytes=0,
         weight_bytes=0,
         max_num_seqs=config.scheduler.max_num_seqs,

@@ -9,22 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from wavetrain_kernels import ops
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels.ops import AttentionMetadata, KVCache
+
+__all__ = ["KVCache", "KVCacheSpec", "PagedAttention"]
 
 # T = tokens of the step.
 
 
-@dataclass(frozen=True, slots=True)
-class KVCache:
-    """One layer's keys and values: two tensors [num_blocks, num_kv_heads, block_size, head_dim], written in place."""
-
-    key: Tensor
-    value: Tensor
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheSpec:
-    """What a model's KV cache is made of; every layer's part has the same shape."""
+    """What a model's KV cache is made of; every layer's part has the same shape.
+
+    Attributes:
+        dtype: the model's, or torch.int8 or torch.float8_e4m3fn, which have scales beside them.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -32,8 +30,14 @@ class KVCacheSpec:
     dtype: torch.dtype
 
     def bytes_per_block(self, block_size: int) -> int:
-        """Bytes that one block of `block_size` tokens takes in all layers together, keys and values."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * block_size * self.dtype.itemsize
+        """Bytes that one block of `block_size` tokens takes in all layers together: keys, values and their scales."""
+        per_token = ops.kv_cache_bytes_per_token(self.num_kv_heads, self.head_dim, self.dtype)
+        return self.num_layers * block_size * per_token
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as people write it: bfloat16, int8, fp8_e4m3."""
+        return "fp8_e4m3" if self.dtype is torch.float8_e4m3fn else str(self.dtype).removeprefix("torch.")
 
     def shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
         """Shape of a layer's keys, and of its values."""
@@ -56,8 +60,7 @@ class PagedAttention(nn.Module):
         """
         output = ops.paged_attention(
             query,
-            kv_cache.key,
-            kv_cache.value,
+            kv_cache,
             metadata,
             scale=self._scale,
             sliding_window=self._sliding_window,

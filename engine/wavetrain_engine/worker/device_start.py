@@ -9,6 +9,7 @@ import time
 from wavetrain_engine.config import EngineConfig
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.generation_config import GenerationConfig
+from wavetrain_engine.layers.attention import KVCacheSpec
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.sampling.state import SamplingState
 from wavetrain_engine.worker.cuda_graphs import CudaRecorder, Recorder, collector_at_rest, graph_keys
@@ -32,9 +33,17 @@ class DeviceStart:
         ConfigError: there is not enough memory; the message says which flag to lower. Of the methods too.
     """
 
-    def __init__(self, config: EngineConfig, model: Model, generation: GenerationConfig, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Model,
+        cache_spec: KVCacheSpec,
+        generation: GenerationConfig,
+        max_model_len: int,
+    ) -> None:
         self._config = config
         self._model = model
+        self._cache_spec = cache_spec
         self._keys = graph_keys(config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens)
         max_num_seqs, block_size = config.scheduler.max_num_seqs, config.cache.block_size
         with device_memory_needed(
@@ -50,7 +59,7 @@ class DeviceStart:
             )
         self._runner = DeviceRunner(
             model=model,
-            kv_caches=allocate_kv_caches(model.kv_cache_spec(), 1, block_size, model.device),
+            kv_caches=allocate_kv_caches(cache_spec, 1, block_size, model.device),
             batch=batch,
             state=SamplingState(model.config.vocab_size, model.device),
             eos_token_ids=generation.eos_token_ids,
@@ -77,8 +86,7 @@ class DeviceStart:
             f"{facts.num_blocks} KV-cache blocks",
             "lower --gpu-memory-utilization, or --kv-cache-memory or --num-blocks where they are set",
         ):
-            spec = self._model.kv_cache_spec()
-            caches = allocate_kv_caches(spec, facts.num_blocks, facts.block_size, self._model.device)
+            caches = allocate_kv_caches(self._cache_spec, facts.num_blocks, facts.block_size, self._model.device)
         self._runner.use_kv_caches(caches)
         started = time.monotonic()
         with device_memory_needed("a step beside the KV cache", "lower --gpu-memory-utilization"):

@@ -15,6 +15,7 @@ from wavetrain_engine.environment import Environment
 from wavetrain_engine.errors import ConfigError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.generation_config import GenerationConfig
+from wavetrain_engine.layers.attention import KVCacheSpec
 from wavetrain_engine.model_location import ModelLocation
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
@@ -29,7 +30,7 @@ from wavetrain_engine.worker.cpu_threads import set_cpu_threads
 from wavetrain_engine.worker.device_start import DeviceStart
 from wavetrain_engine.worker.executor import LocalExecutor
 from wavetrain_engine.worker.input_batch import InputBatch
-from wavetrain_engine.worker.kv_cache import allocate_kv_caches
+from wavetrain_engine.worker.kv_cache import allocate_kv_caches, kv_cache_spec
 from wavetrain_engine.worker.memory import num_kv_blocks
 from wavetrain_engine.worker.model_runner import ModelRunner
 from wavetrain_engine.worker.step_program import record_step
@@ -68,9 +69,10 @@ def load_executor(
     kernels = _choose_kernels(environment, device)
     max_model_len = model_config.max_model_len if config.model.max_model_len is None else config.model.max_model_len
     model = create_model(model_config, dtype, device, max_model_len=max_model_len)
+    cache_spec = kv_cache_spec(model, config.cache.kv_cache_dtype)
     weight_bytes = _load_weights(config, model, lambda done, total: report("weights", done, total))
-    start = DeviceStart(config, model, generation, max_model_len) if _is_device_resident(device) else None
-    bytes_per_block = model.kv_cache_spec().bytes_per_block(config.cache.block_size)
+    start = DeviceStart(config, model, cache_spec, generation, max_model_len) if _is_device_resident(device) else None
+    bytes_per_block = cache_spec.bytes_per_block(config.cache.block_size)
     num_blocks = num_kv_blocks(
         config.cache,
         bytes_per_block,
@@ -89,6 +91,7 @@ def load_executor(
         max_model_len=max_model_len,
         block_size=config.cache.block_size,
         num_blocks=num_blocks,
+        kv_cache_dtype=cache_spec.dtype_name,
         kv_cache_bytes=num_blocks * bytes_per_block,
         weight_bytes=weight_bytes,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -97,7 +100,7 @@ def load_executor(
         load_s=time.monotonic() - started,
         version=VERSION,
     )
-    executor = _host_executor(config, model, facts) if start is None else start.finish(facts)
+    executor = _host_executor(config, model, cache_spec, facts) if start is None else start.finish(facts)
     _log_facts(facts)
     return executor, facts
 
@@ -115,8 +118,8 @@ def _load_weights(config: EngineConfig, model: Model, progress: WeightProgress) 
     return load_weights(model, Path(config.model.model), model.config, progress=progress)
 
 
-def _host_executor(config: EngineConfig, model: Model, facts: EngineFacts) -> Executor:
-    kv_caches = allocate_kv_caches(model.kv_cache_spec(), facts.num_blocks, facts.block_size, model.device)
+def _host_executor(config: EngineConfig, model: Model, cache_spec: KVCacheSpec, facts: EngineFacts) -> Executor:
+    kv_caches = allocate_kv_caches(cache_spec, facts.num_blocks, facts.block_size, model.device)
     program = record_step(
         model,
         kv_caches,
@@ -217,7 +220,8 @@ def _log_facts(facts: EngineFacts) -> None:
         facts.load_s,
     )
     _LOG.info(
-        "KV cache: %d blocks of %d tokens (%.1f MiB): %d tokens, %.1f requests of %d tokens at once",
+        "KV cache: %s, %d blocks of %d tokens (%.1f MiB): %d tokens, %.1f requests of %d tokens at once",
+        facts.kv_cache_dtype,
         facts.num_blocks,
         facts.block_size,
         facts.kv_cache_bytes / 2**20,

@@ -48,11 +48,11 @@ def record_step(
     To be called before any request: it writes to block 0 of the caches. The program is run beside the model once, and
     dropped if they do not agree to the last bit, as when a model calls something that is no op.
     """
-    program = ops.new_program(device, capacity, kv_caches[0].key.dtype) if kv_caches else None
+    program = ops.new_program(device, capacity, model.dtype) if kv_caches else None
     if program is None:
         return None
     ids = torch.zeros(capacity, dtype=torch.int64, device=device)
-    block_size = kv_caches[0].key.shape[2]
+    block_size = kv_caches[0].block_size
     try:
         with program.record():
             metadata = _metadata([1] * capacity, [max_model_len] * capacity, block_size, ids)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention over the paged KV cache; bfloat16. Other dtypes, and heads over 256 wide, go to the reference."""
+"""Causal attention over the paged KV cache; bfloat16, over a cache of the same or in 8 bits.
+
+Other dtypes, and heads over 256 wide, go to the reference.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.cpu.kv_cache import cache_arguments
 from wavetrain_kernels.cpu.library import Library
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.reference import attention as reference
 
 # Sizes and limits of source/attention.h.
@@ -26,23 +31,22 @@ class AttentionKernels:
         self,
         out: Tensor,
         query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        cache: KVCache,
         metadata: AttentionMetadata,
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> None:
-        """out [T, Hq, D] = attention of query [T, Hq, D] over caches [num_blocks, Hkv, block_size, D]."""
+        """out [T, Hq, D] = attention of query [T, Hq, D] over the cache."""
         num_tokens, num_heads, head_dim = query.shape
         if query.dtype != torch.bfloat16 or head_dim > _MAX_HEAD_DIM:
-            reference.paged_attention(out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
+            reference.paged_attention(out, query, cache, metadata, scale, sliding_window, soft_cap)
             return
         if not num_tokens:
             return
         if query.stride(2) != 1 or query.stride(1) != head_dim:
             query = query.contiguous()
-        _, num_kv_heads, block_size, _ = key_cache.shape
+        num_kv_heads = cache.num_kv_heads
         tables = metadata.block_tables
         num_units = num_kv_heads * (metadata.num_requests + num_tokens * num_heads // num_kv_heads // _LANES_PER_UNIT)
         scarce = min(num_units, _UNITS_PER_THREAD * torch.get_num_threads())
@@ -50,8 +54,7 @@ class AttentionKernels:
         self._library.paged_attention(
             out.data_ptr(),
             query.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
+            *cache_arguments(cache),
             metadata.query_start_loc.data_ptr(),
             metadata.seq_lens.data_ptr(),
             tables.data_ptr(),
@@ -62,7 +65,7 @@ class AttentionKernels:
             num_heads,
             num_kv_heads,
             head_dim,
-            block_size,
+            cache.block_size,
             sliding_window or 0,
             num_tokens,
             num_pieces,

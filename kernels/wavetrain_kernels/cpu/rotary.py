@@ -6,12 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wavetrain_kernels.cpu.kv_cache import MOST_QUANTIZED, cache_arguments
 from wavetrain_kernels.cpu.library import Library
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.reference import rotary as reference
 
 # T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension.
 
-# Of query, key, value and caches; of the table.
+# Of query, key and value, and of a cache that is not quantized; of the table.
 _KINDS = {
     (torch.bfloat16, torch.bfloat16): 0,
     (torch.bfloat16, torch.float32): 1,
@@ -33,20 +35,17 @@ class RotaryKernels:
         value: Tensor,
         positions: Tensor,
         cos_sin_cache: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        cache: KVCache,
         slot_mapping: Tensor,
         query_norm: Tensor | None,
         key_norm: Tensor | None,
         eps: float,
     ) -> None:
-        """query_out [T, Hq, D] = rotated query; the caches get the rotated key and the value [T, Hkv, D]."""
+        """query_out [T, Hq, D] = rotated query; the cache gets the rotated key and the value [T, Hkv, D]."""
         kind = _KINDS.get((query.dtype, cos_sin_cache.dtype))
-        if kind is None:
+        if kind is None or (cache.is_quantized and cache.head_dim > MOST_QUANTIZED):
             inputs = (query, key, value, positions, cos_sin_cache)
-            reference.rotate_and_cache(
-                query_out, *inputs, key_cache, value_cache, slot_mapping, query_norm, key_norm, eps
-            )
+            reference.rotate_and_cache(query_out, *inputs, cache, slot_mapping, query_norm, key_norm, eps)
             return
         query, key, value = _whole_heads(query), _whole_heads(key), _whole_heads(value)
         positions, cos_sin_cache = positions.to(torch.int64).contiguous(), cos_sin_cache.contiguous()
@@ -64,15 +63,14 @@ class RotaryKernels:
             *value.stride()[:2],
             positions.data_ptr(),
             cos_sin_cache.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
+            *cache_arguments(cache),
             slot_mapping.data_ptr(),
             None if query_norm is None else query_norm.contiguous().data_ptr(),
             None if key_norm is None else key_norm.contiguous().data_ptr(),
             num_tokens,
             head_dim,
             cos_sin_cache.shape[2],
-            key_cache.shape[2],
+            cache.block_size,
             eps,
             kind,
         )

@@ -20,53 +20,58 @@ from wavetrain_kernels.gpu.attention_decode_config import MAX_DECODE_QUERY_LEN
 from wavetrain_kernels.gpu.attention_prefill import prefill_attention
 from wavetrain_kernels.gpu.attention_prefill_config import PrefillShape, can_attend
 from wavetrain_kernels.gpu.launch import TRITON_TYPES, device_traits, fall_back
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.reference import attention as reference
 
 
 def paged_attention(
     out: Tensor,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
 ) -> None:
-    """out [T, Hq, D] = attention of query [T, Hq, D] over caches [num_blocks, Hkv, block_size, D].
+    """out [T, Hq, D] = attention of query [T, Hq, D] over the cache.
 
     Of the host's numbers, a step that may be captured (no row has more than MAX_DECODE_QUERY_LEN queries) uses
     `max_query_len` alone.
     """
     options = (metadata, scale, sliding_window, soft_cap)
     has_chunks = metadata.max_query_len > MAX_DECODE_QUERY_LEN
-    missing = _missing(query, key_cache, has_chunks)
+    missing = _missing(query, cache, has_chunks)
     if missing is not None:
         fall_back("paged_attention", missing)
-        reference.paged_attention(out, query, key_cache, value_cache, *options)
+        reference.paged_attention(out, query, cache, *options)
         return
     query = query if query.stride(2) == 1 else query.contiguous()
     if has_chunks:
-        prefill_attention(out, query, key_cache, value_cache, *options, min_query_len=MAX_DECODE_QUERY_LEN + 1)
+        prefill_attention(out, query, cache, *options, min_query_len=MAX_DECODE_QUERY_LEN + 1)
     if not has_chunks or _has_decodes(metadata):
-        decode_attention(out, query, key_cache, value_cache, *options)
+        decode_attention(out, query, cache, *options)
 
 
-def _missing(query: Tensor, key_cache: Tensor, has_chunks: bool) -> str | None:
+def _missing(query: Tensor, cache: KVCache, has_chunks: bool) -> str | None:
     """Returns what there is no kernel for; None: there is one."""
     if query.dtype not in TRITON_TYPES:
         return f"{query.dtype}"
-    block_size = key_cache.shape[2]
-    if has_chunks and not _has_prefill(query.shape[1], *key_cache.shape[1:], query.element_size(), query.device):
-        return f"chunks of prompts in blocks of {block_size} tokens"
+    if has_chunks:
+        shape = PrefillShape(
+            num_heads=query.shape[1],
+            num_kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim,
+            block_size=cache.block_size,
+            element_bytes=query.element_size(),
+            is_quantized=cache.is_quantized,
+        )
+        if not _has_prefill(shape, query.device):
+            return f"chunks of prompts in blocks of {cache.block_size} tokens"
     return None
 
 
 @functools.cache
-def _has_prefill(
-    num_heads: int, num_kv_heads: int, block_size: int, head_dim: int, element_bytes: int, device: torch.device
-) -> bool:
-    shape = PrefillShape(num_heads, num_kv_heads, head_dim, block_size, element_bytes)
+def _has_prefill(shape: PrefillShape, device: torch.device) -> bool:
     return can_attend(shape, device_traits(device))
 
 

@@ -43,9 +43,21 @@ from wavetrain_kernels.gpu.attention_merge import (
     merge_parts,
     store_rows,
 )
+from wavetrain_kernels.gpu.kv_cache import (
+    QUANTIZED_TYPES,
+    archs_of,
+    cache_signature,
+    codes_to_read,
+    load_scales,
+    scale_scores,
+    scale_values,
+    scale_weights,
+    widen_codes,
+)
 from wavetrain_kernels.gpu.launch import H200, KIB, DeviceTraits, device_traits, launch
 from wavetrain_kernels.gpu.tuning import tuned
 from wavetrain_kernels.gpu.workspace import workspace
+from wavetrain_kernels.kv_cache import KVCache
 
 # B = rows, T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension, P = programs per head.
 # A row of BLOCK_M is one query head of one token: m = token * GROUP + head within its group.
@@ -83,14 +95,14 @@ def _load_kv_tile(
 ):  # fmt: skip
     """Keys or values of positions [TILE_N] as [TILE_N, BLOCK_D] of the computing dtype; zero where not wanted.
 
-    The zeros matter: what lies in a slot past the context, or before the window, may be NaN. This is
-    the one place to unpack a quantized cache.
+    The zeros matter: what lies in a slot past the context, or before the window, may be NaN. Of a quantized
+    cache these are the codes, whose scales are yet to come.
     """
     offsets = block_ids.to(tl.int64)[:, None] * stride_cb + (positions % BLOCK_SIZE)[:, None] * HEAD_DIM
     is_wanted = is_wanted[:, None]
     if BLOCK_D != HEAD_DIM:
         is_wanted = is_wanted & (dims < HEAD_DIM)[None, :]
-    return tl.load(cache_ptr + offsets + dims[None, :], mask=is_wanted, other=0.0).to(DTYPE)
+    return widen_codes(tl.load(cache_ptr + offsets + dims[None, :], mask=is_wanted, other=0.0), DTYPE)
 
 
 # The last three pointers are slices of what the runner sends in one piece: aligned to nothing.
@@ -107,6 +119,8 @@ def _decode_kernel(
     query_ptr,  # [T, Hq, D]
     key_ptr,  # [num_blocks, Hkv, block_size, D]
     value_ptr,
+    key_scale_ptr,  # [num_blocks, Hkv, block_size] of a quantized cache, or None
+    value_scale_ptr,
     table_ptr,  # [B, max_blocks] int32
     query_start_ptr,  # [B + 1] int32
     seq_len_ptr,  # [B] int32
@@ -176,9 +190,12 @@ def _decode_kernel(
                 value_ptr + kv_head * stride_vh, block_ids, positions, dims, is_wanted, stride_vb,
                 HEAD_DIM, BLOCK_SIZE, BLOCK_D, query.dtype,
             )  # fmt: skip
+            scale_at = (block_ids.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
+            key_scale, value_scale = load_scales(key_scale_ptr, value_scale_ptr, scale_at, is_wanted)
             ahead = positions + TILE_N
             block_ids = tl.load(table_row_ptr + ahead // BLOCK_SIZE, mask=ahead < seq_len, other=0)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+            scores = scale_scores(scores, key_scale, key_scale_ptr)
             if HAS_SOFT_CAP:
                 # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both infinities.
                 grown = tl.exp2(scores * (2 * _LOG2_E * scale / soft_cap))
@@ -190,6 +207,8 @@ def _decode_kernel(
             weights = tl.exp2(scores * to_log2 - new_peak[:, None])
             kept = tl.exp2(peak - new_peak)
             total = total * kept + tl.sum(weights, 1)
+            weights = scale_weights(weights, value_scale, value_scale_ptr, query.dtype)
+            value = scale_values(value, value_scale, value_scale_ptr)
             acc = tl.dot(weights.to(value.dtype), value, acc * kept[:, None], input_precision="ieee")
             peak = new_peak
 
@@ -225,8 +244,7 @@ def _decode_kernel(
 def decode_attention(
     out: Tensor,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
@@ -245,12 +263,12 @@ def decode_attention(
         num_rows=num_rows,
         max_query_len=min(metadata.max_query_len, MAX_DECODE_QUERY_LEN),
         num_heads=query.shape[1],
-        num_kv_heads=key_cache.shape[1],
+        num_kv_heads=cache.num_kv_heads,
         head_dim=query.shape[2],
-        element_bytes=key_cache.element_size(),
+        element_bytes=cache.key.element_size(),
     )
     config = _config(shape, query.device)
-    run(out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap, shape, config)
+    run(out, query, cache, metadata, scale, sliding_window, soft_cap, shape, config)
 
 
 @functools.cache
@@ -261,8 +279,7 @@ def _config(shape: DecodeShape, device: torch.device) -> DecodeConfig:
 def run(
     out: Tensor,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
@@ -286,8 +303,9 @@ def run(
         spans,
         arrived,
         query,
-        key_cache,
-        value_cache,
+        *codes_to_read(cache),
+        cache.key_scale,
+        cache.value_scale,
         metadata.block_tables,
         metadata.query_start_loc,
         metadata.seq_lens,
@@ -297,10 +315,10 @@ def run(
         shape.num_rows,
         *out.stride()[:2],
         *query.stride()[:2],
-        *key_cache.stride()[:2],
-        *value_cache.stride()[:2],
+        *cache.key.stride()[:2],
+        *cache.value.stride()[:2],
         metadata.block_tables.stride(0),
-        **_decode_constants(shape, config, key_cache.shape[2], soft_cap is not None),
+        **_decode_constants(shape, config, cache.block_size, soft_cap is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,
@@ -358,31 +376,47 @@ def aot_cases() -> Iterator[AotCase]:
     yield from _aot_cases("fp16", checking, 32, False, H200)
     yield from _aot_cases("bf16", llama, 16, False, _A100)
     yield from _aot_cases("bf16", checking, 16, False, _A100)
+    for codes in QUANTIZED_TYPES:
+        # Every architecture is compiled for; the type is what a chip is given that has it, its bits what others are.
+        device = _A100 if codes == "u8" else H200
+        for head_dim, num_heads, num_kv_heads, has_soft_cap in _AOT_SHAPES[::2]:
+            shape = DecodeShape(64, 1, num_heads, num_kv_heads, head_dim, 1)
+            yield from _aot_cases("bf16", shape, 16, has_soft_cap, device, codes)
+        quantized = dataclasses.replace(llama, element_bytes=1)
+        yield from _aot_cases("fp16", quantized, 16, False, device, codes)
+        yield from _aot_cases("bf16", dataclasses.replace(checking, element_bytes=1), 32, False, device, codes)
 
 
 def _aot_cases(
-    dtype: str, shape: DecodeShape, block_size: int, has_soft_cap: bool, device: DeviceTraits
+    dtype: str,
+    shape: DecodeShape,
+    block_size: int,
+    has_soft_cap: bool,
+    device: DeviceTraits,
+    codes: str | None = None,
 ) -> Iterator[AotCase]:
     config = decode_config(shape, device)
     name = (
         f"{dtype}/d{shape.head_dim}/g{shape.group}/m{config.block_m}/b{config.block_b}/block{block_size}"
-        f"/stages{config.num_stages}{'/cap' if has_soft_cap else ''}"
+        f"/stages{config.num_stages}{'/cap' if has_soft_cap else ''}{f'/{codes}' if codes else ''}"
     )
     signature = {"out_ptr": f"*{dtype}", "part_ptr": "*fp32", "lse_ptr": "*fp32", "span_ptr": "*i32"}
     signature |= dict.fromkeys(("arrived_ptr", "table_ptr", "query_start_ptr", "seq_len_ptr"), "*i32")
-    signature |= dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), f"*{dtype}")
+    signature["query_ptr"] = f"*{dtype}"
+    pointers, constexprs = cache_signature(dtype, codes)
     signature |= {"scale": "fp32", "soft_cap": "fp32", "sliding_window": "i32", "num_rows": "i32", "stride_bt": "i32"}
     strides = ("ot", "oh", "qt", "qh", "kb", "kh", "vb", "vh")
     signature |= dict.fromkeys((f"stride_{name}" for name in strides), "i32:16")
     yield AotCase(
         name=f"decode_attention/{name}",
         kernel=_decode_kernel,
-        signature=signature,
-        constexprs=_decode_constants(shape, config, block_size, has_soft_cap),
+        signature=signature | pointers,
+        constexprs=constexprs | _decode_constants(shape, config, block_size, has_soft_cap),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         is_decode=True,
         maxnreg=MAX_REGISTERS,
+        archs=archs_of(codes),
     )
-    if not config.merges:
+    if not config.merges and codes is None:
         yield merge_case(f"merge_attention/{name}", dtype, shape, config)

@@ -34,6 +34,8 @@ _MIN_STAGES, _MAX_STAGES = 3, 4
 # What the driver keeps of shared memory for each block, and what a program has besides its keys and values.
 _RESERVED_BYTES = KIB
 _OTHER_SHARED_BYTES = 6 * KIB
+# What 8-bit codes are widened to, to be multiplied.
+_QUANTIZED_OPERAND_BYTES = 2
 # Elements that a program merges at a time: 32 and 64 registers in each of 128 threads.
 _MERGE_ELEMENTS_INSIDE, _MERGE_ELEMENTS = 4096, 8192
 # Parts and rows up to which the last program of a row merges it, rather than a kernel of its own.
@@ -48,7 +50,7 @@ class DecodeShape:
     Attributes:
         num_rows: rows of the batch, padding included.
         max_query_len: most queries of a row that decode attention takes.
-        element_bytes: of the caches.
+        element_bytes: of the cache; 1 where it is quantized.
     """
 
     num_rows: int
@@ -153,6 +155,9 @@ def _num_stages(
     """As many as fit. A stage is a tile of keys and one of values; Triton keeps one fewer of them than stages."""
     available = (device.shared_bytes + _RESERVED_BYTES) // programs_per_sm - _RESERVED_BYTES
     stage_bytes = 2 * tile_n * block_d * element_bytes
-    query_bytes = block_m * (block_d + tile_n) * element_bytes
-    fitting = (available - max(_OTHER_SHARED_BYTES, query_bytes)) // stage_bytes
+    operand_bytes = max(element_bytes, _QUANTIZED_OPERAND_BYTES)
+    other_bytes = block_m * (block_d + tile_n) * operand_bytes
+    if element_bytes < operand_bytes:  # codes go through shared memory once more when they are widened
+        other_bytes += tile_n * block_d * operand_bytes
+    fitting = (available - max(_OTHER_SHARED_BYTES, other_bytes)) // stage_bytes
     return max(2, min(_MAX_STAGES, fitting + 1))

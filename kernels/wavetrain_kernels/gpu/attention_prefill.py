@@ -28,8 +28,20 @@ from torch import Tensor
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.gpu.aot_case import AotCase
 from wavetrain_kernels.gpu.attention_prefill_config import PrefillConfig, PrefillShape, prefill_config
+from wavetrain_kernels.gpu.kv_cache import (
+    QUANTIZED_TYPES,
+    archs_of,
+    cache_signature,
+    codes_to_read,
+    load_scales,
+    scale_scores,
+    scale_values,
+    scale_weights,
+    widen_codes,
+)
 from wavetrain_kernels.gpu.launch import H200, KIB, DeviceTraits, cdiv, device_traits, launch, next_power_of_2
 from wavetrain_kernels.gpu.tuning import tuned
+from wavetrain_kernels.kv_cache import KVCache
 
 # B = rows, T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension.
 # A row of BLOCK_M is one query head of one token: m = token * PACK + head.
@@ -68,13 +80,14 @@ def _find_tile(query_start_ptr, tile, num_rows, TILE_TOKENS: tl.constexpr, MIN_Q
 def _load_kv_tile(slot_ptrs, block_ids, is_wanted, dims, BLOCK_STRIDE, HEAD_DIM, BLOCK_D, DTYPE):
     """Keys or values of BLOCK_N positions as [BLOCK_N, BLOCK_D] of the computing dtype; zero where not wanted.
 
-    The zeros matter: what lies in a slot past the context may be NaN. The one place to unpack a quantized cache.
+    The zeros matter: what lies in a slot past the context may be NaN. Of a quantized cache these are the codes, whose
+    scales are yet to come.
     """
     offsets = block_ids.to(tl.int64) * BLOCK_STRIDE
     is_wanted = is_wanted[:, None]
     if BLOCK_D != HEAD_DIM:
         is_wanted = is_wanted & (dims < HEAD_DIM)[None, :]
-    return tl.load(slot_ptrs + offsets[:, None], mask=is_wanted, other=0.0).to(DTYPE)
+    return widen_codes(tl.load(slot_ptrs + offsets[:, None], mask=is_wanted, other=0.0), DTYPE)
 
 
 @triton.jit
@@ -115,6 +128,8 @@ def _prefill_kernel(
     query_ptr,  # [T, Hq, D]
     key_ptr,  # [num_blocks, Hkv, block_size, D]
     value_ptr,
+    key_scale_ptr,  # [num_blocks, Hkv, block_size] of a quantized cache, or None
+    value_scale_ptr,
     table_ptr,  # [B, max_blocks] int32
     query_start_ptr,  # [B + 1] int32
     seq_len_ptr,  # [B] int32
@@ -185,6 +200,7 @@ def _prefill_kernel(
     # Carried to the next iteration in float32: the conversion there is what gives the running product operands of its
     # own. Carried as the operands themselves, the next ones would be written over them while they are read.
     weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    _, last_value_scale = load_scales(key_scale_ptr, value_scale_ptr, lane, lane < 0)
     tl.assume(first_begin < end)  # else the zeros of no iteration would be merged with sums that are being written
     for tile_begin in range(first_begin, end, BLOCK_N):
         positions = tile_begin + lane
@@ -201,12 +217,17 @@ def _prefill_kernel(
             )
         else:
             value = _load_kv_tile(value_ptrs, block_ids, is_wanted, dims, BLOCK_STRIDE, HEAD_DIM, BLOCK_D, DTYPE)
+        scale_at = (block_ids.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + lane % BLOCK_SIZE
+        key_scale, value_scale = load_scales(key_scale_ptr, value_scale_ptr, scale_at, is_wanted)
+        value = scale_values(value, last_value_scale if IS_SKEWED else value_scale, value_scale_ptr)
+        last_value_scale = value_scale
         last_block_ids = block_ids
         ahead = (tile_begin + BLOCK_N) // BLOCK_SIZE
         block_ids = tl.load(column_ptrs + ahead, mask=lane < end - tile_begin - BLOCK_N, other=0)
         if IS_SKEWED:
             acc = tl.dot(weights.to(DTYPE), value, acc * kept[:, None], input_precision="ieee")
 
+        scores = scale_scores(scores, key_scale, key_scale_ptr)
         if HAS_SOFT_CAP:
             scores = _cap(scores, scale, soft_cap)
         if IS_SKEWED:
@@ -220,6 +241,7 @@ def _prefill_kernel(
         kept = tl.exp2(peak - new_peak)
         total = total * kept + tl.sum(weights, 1)
         peak = new_peak
+        weights = scale_weights(weights, value_scale, value_scale_ptr, DTYPE)
         if not IS_SKEWED:
             acc = tl.dot(weights.to(DTYPE), value, acc * kept[:, None], input_precision="ieee")
 
@@ -227,6 +249,7 @@ def _prefill_kernel(
         positions = (end - 1) // BLOCK_N * BLOCK_N + lane
         is_wanted = (positions >= begin) & (positions < end)
         value = _load_kv_tile(value_ptrs, last_block_ids, is_wanted, dims, BLOCK_STRIDE, HEAD_DIM, BLOCK_D, DTYPE)
+        value = scale_values(value, last_value_scale, value_scale_ptr)
         acc = tl.dot(weights.to(DTYPE), value, acc * kept[:, None], input_precision="ieee")
     out_at = (row_start + token).to(tl.int64) * stride_ot + head * stride_oh
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # a row without a query may have seen no key
@@ -236,8 +259,7 @@ def _prefill_kernel(
 def prefill_attention(
     out: Tensor,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
@@ -245,13 +267,19 @@ def prefill_attention(
     *,
     min_query_len: int = 1,
 ) -> None:
-    """out [T, Hq, D] = attention of query [T, Hq, D] over caches [num_blocks, Hkv, block_size, D].
+    """out [T, Hq, D] = attention of query [T, Hq, D] over the cache.
 
     Writes nothing for rows with fewer than `min_query_len` queries: another kernel has those. The scale is positive;
-    out and caches are contiguous; a block has a power of two of tokens, and no more than a tile has keys.
+    out and cache are contiguous; a block has a power of two of tokens, and no more than a tile has keys.
     """
-    _, num_kv_heads, block_size, head_dim = key_cache.shape
-    shape = PrefillShape(query.shape[1], num_kv_heads, head_dim, block_size, query.element_size())
+    shape = PrefillShape(
+        num_heads=query.shape[1],
+        num_kv_heads=cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        block_size=cache.block_size,
+        element_bytes=query.element_size(),
+        is_quantized=cache.is_quantized,
+    )
     config = _config(shape, query.device)
     num_tiles = _num_tiles(metadata, config.tile_tokens, min_query_len)
     launch(
@@ -259,8 +287,9 @@ def prefill_attention(
         (num_tiles * (shape.num_heads // config.pack),),
         out,
         query,
-        key_cache,
-        value_cache,
+        *codes_to_read(cache),
+        cache.key_scale,
+        cache.value_scale,
         metadata.block_tables,
         metadata.query_start_loc,
         metadata.seq_lens,
@@ -336,6 +365,13 @@ def aot_cases() -> Iterator[AotCase]:
     yield _aot_case(H200, 128, num_heads=28, num_kv_heads=4)
     yield _aot_case(H200, 128, num_heads=32, num_kv_heads=32)
     yield _aot_case(H200, 128, dtype="fp16")
+    for codes in QUANTIZED_TYPES:
+        device = _A100 if codes == "u8" else H200
+        for head_dim in (64, 80, 128, 256):
+            yield _aot_case(device, head_dim, codes=codes)
+        yield _aot_case(device, 128, has_window=True, has_soft_cap=True, codes=codes)
+        yield _aot_case(device, 128, dtype="fp16", codes=codes)
+    yield _aot_case(_A100, 128, codes="i8")
 
 
 def _aot_case(
@@ -348,22 +384,25 @@ def _aot_case(
     has_window: bool = False,
     has_soft_cap: bool = False,
     dtype: str = "bf16",
+    codes: str | None = None,
 ) -> AotCase:
-    shape = PrefillShape(num_heads, num_kv_heads, head_dim, block_size, 2)
+    shape = PrefillShape(num_heads, num_kv_heads, head_dim, block_size, 2, codes is not None)
     config = prefill_config(shape, device)
-    signature = dict.fromkeys(("out_ptr", "query_ptr", "key_ptr", "value_ptr"), f"*{dtype}")
+    signature = dict.fromkeys(("out_ptr", "query_ptr"), f"*{dtype}")
+    pointers, constexprs = cache_signature(dtype, codes)
     signature |= dict.fromkeys(("table_ptr", "query_start_ptr", "seq_len_ptr"), "*i32")
     signature |= {"scale": "fp32", "soft_cap": "fp32", "sliding_window": "i32", "num_rows": "i32"}
     signature |= dict.fromkeys(("stride_ot", "stride_oh", "stride_qt", "stride_qh"), "i32:16")
     signature |= {"stride_qd": "i32:1", "stride_bt": "i32"}
-    kinds = f"{'/window' if has_window else ''}{'/cap' if has_soft_cap else ''}"
+    kinds = f"{'/window' if has_window else ''}{'/cap' if has_soft_cap else ''}{f'/{codes}' if codes else ''}"
     name = f"prefill_attention/{dtype}/{num_heads}:{num_kv_heads}x{head_dim}/b{block_size}{kinds}"
     return AotCase(
         name=name if config.is_skewed else f"{name}/in step",
         kernel=_prefill_kernel,
-        signature=signature,
-        constexprs=_constexprs(shape, config, 9, has_window, has_soft_cap),
+        signature=signature | pointers,
+        constexprs=constexprs | _constexprs(shape, config, 9, has_window, has_soft_cap),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expects_wgmma=config.is_skewed,
+        archs=archs_of(codes),
     )

@@ -30,7 +30,8 @@ class PrefillShape:
     """All that a configuration depends on besides the device.
 
     Attributes:
-        element_bytes: of the query and the caches.
+        element_bytes: of the query, and of a cache that is not quantized.
+        is_quantized: the cache has elements of one byte.
     """
 
     num_heads: int
@@ -38,6 +39,7 @@ class PrefillShape:
     head_dim: int
     block_size: int
     element_bytes: int
+    is_quantized: bool = False
 
     @property
     def group(self) -> int:
@@ -45,9 +47,14 @@ class PrefillShape:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def cache_bytes(self) -> int:
+        """Of an element of the cache."""
+        return 1 if self.is_quantized else self.element_bytes
+
+    @property
     def tuning_key(self) -> tuple[int, int, int]:
         """What a measured configuration goes by."""
-        return self.head_dim, self.group, self.element_bytes
+        return self.head_dim, self.group, self.cache_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,9 @@ def _fitted(config: PrefillConfig, shape: PrefillShape, device: DeviceTraits) ->
 
 def shared_bytes(config: PrefillConfig, shape: PrefillShape) -> int:
     """Returns about how much shared memory a program takes; exact for what we ship on Hopper."""
-    row_bytes = next_power_of_2(shape.head_dim) * shape.element_bytes
-    query_rows = 0 if config.query_in_registers else config.block_m
-    return (query_rows + 2 * config.num_stages * config.block_n) * row_bytes + _OTHER_SHARED_BYTES
+    block_d = next_power_of_2(shape.head_dim)
+    rows = 0 if config.query_in_registers else config.block_m
+    if shape.is_quantized:  # what codes are widened to lies beside them
+        rows += 2 * config.block_n
+    staged_bytes = 2 * config.num_stages * config.block_n * block_d * shape.cache_bytes
+    return rows * block_d * shape.element_bytes + staged_bytes + _OTHER_SHARED_BYTES

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: each validates its arguments, allocates its result, chooses an implementation, calls it.
+"""The public functions: each validates its arguments, allocates its result, chooses an implementation, calls it."""
 
-The KV cache of a layer is two tensors [num_blocks, num_kv_heads, block_size, head_dim]; a token's slot is
-block_id * block_size + offset.
-"""
-
+from wavetrain_kernels.kv_cache import KVCache, kv_cache_bytes_per_token
 from wavetrain_kernels.lora_adapters import LoraAdapters, LoraBatch
 from wavetrain_kernels.ops.attention import AttentionMetadata, paged_attention
 from wavetrain_kernels.ops.dispatch import choose_kernels, implementation, kernel_set, new_program
@@ -33,6 +30,7 @@ from wavetrain_kernels.wanted_tokens import WantedTokens
 __all__ = [
     "AttentionMetadata",
     "GatedActivation",
+    "KVCache",
     "LoraAdapters",
     "LoraBatch",
     "PackedExperts",
@@ -53,6 +51,7 @@ __all__ = [
     "gated_linear",
     "implementation",
     "kernel_set",
+    "kv_cache_bytes_per_token",
     "linear",
     "lora_expand",
     "lora_shrink",

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.errors import DtypeError, ShapeError
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.ops.dispatch import implementation
-from wavetrain_kernels.ops.kv_cache import check_caches
+from wavetrain_kernels.ops.kv_cache import check_cache
 
 __all__ = ["AttentionMetadata", "paged_attention"]
 
@@ -17,8 +18,7 @@ __all__ = ["AttentionMetadata", "paged_attention"]
 
 def paged_attention(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     metadata: AttentionMetadata,
     *,
     scale: float,
@@ -27,8 +27,9 @@ def paged_attention(
 ) -> Tensor:
     """Returns [T, Hq, D]: every query [T, Hq, D] attends to its request's keys up to and including its own position.
 
-    This step's keys and values must be in the caches [num_blocks, Hkv, block_size, D] already. Query head h reads
-    key-value head h // (Hq // Hkv). What lies in a block past a row's context never matters, not even NaN.
+    This step's keys and values must be in the cache already. Query head h reads key-value head h // (Hq // Hkv). What
+    lies in a block past a row's context never matters, not even NaN. Keys and values of a quantized cache are
+    multiplied by their scales.
 
     Args:
         scale: multiplies the scores; positive.
@@ -38,18 +39,18 @@ def paged_attention(
     Raises:
         ShapeError: the tensors do not fit each other or the metadata, the block tables are too narrow for the
             longest context, or scale, sliding_window or soft_cap is not positive.
-        DtypeError: query and caches are not of one floating-point dtype.
+        DtypeError: the query is not floating-point, or the cache neither of its dtype nor quantized.
     """
     if query.dim() != 3 or query.shape[0] != metadata.num_tokens:
         raise ShapeError(f"query must be [T, Hq, D] with T = {metadata.num_tokens}, got {list(query.shape)}")
     if not query.is_floating_point():
         raise DtypeError(f"query must be floating point, got {query.dtype}")
-    check_caches(key_cache, value_cache, query)
-    if query.shape[1] % key_cache.shape[1]:
-        raise ShapeError(f"{query.shape[1]} query heads are not a multiple of {key_cache.shape[1]} key-value heads")
-    if metadata.max_seq_len > metadata.block_tables.shape[1] * key_cache.shape[2]:
+    check_cache(cache, query)
+    if query.shape[1] % cache.num_kv_heads:
+        raise ShapeError(f"{query.shape[1]} query heads are not a multiple of {cache.num_kv_heads} key-value heads")
+    if metadata.max_seq_len > metadata.block_tables.shape[1] * cache.block_size:
         raise ShapeError(
-            f"block_tables with {metadata.block_tables.shape[1]} columns of {key_cache.shape[2]} tokens "
+            f"block_tables with {metadata.block_tables.shape[1]} columns of {cache.block_size} tokens "
             f"cannot hold a context of {metadata.max_seq_len}"
         )
     if not scale > 0:
@@ -60,5 +61,5 @@ def paged_attention(
         raise ShapeError(f"soft_cap must be positive, got {soft_cap}")
     kernels = implementation(query.device)
     out = kernels.empty(query.shape, query.dtype, query.device)
-    kernels.paged_attention(out, query, key_cache, value_cache, metadata, scale, sliding_window, soft_cap)
+    kernels.paged_attention(out, query, cache, metadata, scale, sliding_window, soft_cap)
     return out

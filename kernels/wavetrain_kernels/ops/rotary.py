@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.errors import DtypeError, ShapeError
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.ops.dispatch import implementation
-from wavetrain_kernels.ops.kv_cache import check_caches
+from wavetrain_kernels.ops.kv_cache import check_cache
 
 # T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension, R = rotated dimensions.
 
@@ -19,41 +20,41 @@ def rotate_and_cache(
     value: Tensor,
     positions: Tensor,
     cos_sin_cache: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     slot_mapping: Tensor,
     *,
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Returns the rotated query [T, Hq, D], contiguous; writes the rotated key, and the value, to the caches in place.
+    """Returns the rotated query [T, Hq, D], contiguous; writes the rotated key, and the value, to the cache in place.
 
     With norms each head of query and key is scaled to unit root-mean-square first, then by the norm's weight, rounded
     as `rms_norm` does it. Of what comes out, the first R dimensions of query and key [T, Hkv, D] are rotated by the
     positions [T]: dimension i is paired with i + R/2. The others are passed through. Computes in the wider dtype of
     the input and cos_sin_cache, and rounds to the input's. Inputs may be any views.
 
+    A quantized cache gets each head of key and value as codes times a scale (`KVCache`), rounded to nearest.
+
     Args:
         positions: int64 or int32, each less than max_position (not checked: that would read the tensor).
         cos_sin_cache: [max_position, 2, R/2]; cosines at [:, 0], sines at [:, 1].
-        key_cache, value_cache: [num_blocks, Hkv, block_size, D].
         slot_mapping: [T] int64; token t goes to block slot // block_size, offset slot % block_size; a token with slot
             -1 is not written. No slot may occur twice.
         query_norm, key_norm: [D], shared by all heads; both or neither.
         eps: of the norms.
 
     Raises:
-        ShapeError: a tensor has another shape than above, a cache is not contiguous, or there is one norm alone.
-        DtypeError: query, key, value, norms and caches are not of one floating-point dtype, positions are not integers
-            or slot_mapping is not int64.
+        ShapeError: a tensor has another shape than above, the cache is not contiguous, or there is one norm alone.
+        DtypeError: query, key, value and norms are not of one floating-point dtype, the cache neither of theirs nor
+            quantized, positions are not integers or slot_mapping is not int64.
     """
     _check_heads(query, key, value)
     _check_norms(query, query_norm, key_norm)
     _check_positions(query, positions, cos_sin_cache)
-    check_caches(key_cache, value_cache, key)
-    if key.shape[1] != key_cache.shape[1]:
-        raise ShapeError(f"key has {key.shape[1]} heads, the cache {key_cache.shape[1]}")
+    check_cache(cache, key)
+    if key.shape[1] != cache.num_kv_heads:
+        raise ShapeError(f"key has {key.shape[1]} heads, the cache {cache.num_kv_heads}")
     if slot_mapping.shape != positions.shape:
         raise ShapeError(f"slot_mapping must be [T] = [{query.shape[0]}], got {list(slot_mapping.shape)}")
     if slot_mapping.dtype != torch.int64:
@@ -61,7 +62,7 @@ def rotate_and_cache(
     kernels = implementation(query.device)
     query_out = kernels.empty(query.shape, query.dtype, query.device)
     inputs = (query, key, value, positions, cos_sin_cache)
-    kernels.rotate_and_cache(query_out, *inputs, key_cache, value_cache, slot_mapping, query_norm, key_norm, eps)
+    kernels.rotate_and_cache(query_out, *inputs, cache, slot_mapping, query_norm, key_norm, eps)
     return query_out
 
 

@@ -17,7 +17,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.reference.attention_plan import AttentionPlan, Chunk, DecodeGroup, PlanKey, make_plan
+from wavetrain_kernels.reference.kv_cache import as_bytes, dequantize_heads
 
 # T = tokens in the step, R = rows of a group, S = keys gathered per row, L = queries of a chunk, G = Hq // Hkv.
 
@@ -25,38 +27,34 @@ from wavetrain_kernels.reference.attention_plan import AttentionPlan, Chunk, Dec
 def paged_attention(
     out: Tensor,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
 ) -> None:
-    """out [T, Hq, D] = attention of query [T, Hq, D] over caches [num_blocks, Hkv, block_size, D]."""
-    _, num_kv_heads, block_size, _ = key_cache.shape
-    key = PlanKey(num_kv_heads, block_size, sliding_window, soft_cap is not None, query.dtype)
+    """out [T, Hq, D] = attention of query [T, Hq, D] over the cache, its keys and values in query's dtype."""
+    key = PlanKey(cache.num_kv_heads, cache.block_size, sliding_window, soft_cap is not None, query.dtype)
     plan: AttentionPlan | None = metadata.plans.get(key)
     if plan is None:
         plan = metadata.plans[key] = make_plan(metadata, key)
     for group in plan.decodes:
-        _attend_decodes(out, query, key_cache, value_cache, group, scale, soft_cap)
+        _attend_decodes(out, query, cache, group, scale, soft_cap)
     for chunk in plan.chunks:
-        _attend_chunk(out, query, key_cache, value_cache, chunk, scale, soft_cap)
+        _attend_chunk(out, query, cache, chunk, scale, soft_cap)
 
 
 def _attend_decodes(
     out: Tensor,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     group: DecodeGroup,
     scale: float,
     soft_cap: float | None,
 ) -> None:
-    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
+    num_kv_heads, head_dim = cache.num_kv_heads, cache.head_dim
     num_rows, num_keys = group.bias.shape[0], group.bias.shape[3]
-    keys = _gather(key_cache, group.cache_rows)
-    values = _gather(value_cache, group.cache_rows)
+    keys, values = _gather(cache, group.cache_rows, query.dtype)
     keys.index_fill_(0, group.stale_rows, 0.0)
     values.index_fill_(0, group.stale_rows, 0.0)
     queries = query if group.token_ids is None else query.index_select(0, group.token_ids)
@@ -74,17 +72,16 @@ def _attend_decodes(
 def _attend_chunk(
     out: Tensor,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     chunk: Chunk,
     scale: float,
     soft_cap: float | None,
 ) -> None:
-    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
+    num_kv_heads, head_dim = cache.num_kv_heads, cache.head_dim
     num_queries = chunk.stop - chunk.start
     kept = slice(chunk.num_skipped, chunk.num_skipped + chunk.num_keys)
-    keys = _gather(key_cache, chunk.cache_rows).view(num_kv_heads, 1, -1, head_dim)[:, :, kept]
-    values = _gather(value_cache, chunk.cache_rows).view(num_kv_heads, 1, -1, head_dim)[:, :, kept]
+    gathered = _gather(cache, chunk.cache_rows, query.dtype)
+    keys, values = (x.view(num_kv_heads, 1, -1, head_dim)[:, :, kept] for x in gathered)
     # Key-value heads as batch, their query heads as heads: keys are shared by a stride of 0, not by copies.
     queries = query[chunk.start : chunk.stop].transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)
     shape = (num_kv_heads, queries.shape[1], chunk.num_keys, head_dim)
@@ -93,11 +90,21 @@ def _attend_chunk(
     out[chunk.start : chunk.stop] = attended.reshape(-1, num_queries, head_dim).transpose(0, 1)
 
 
-def _gather(cache: Tensor, cache_rows: Tensor) -> Tensor:
-    """Copies (block, head) rows of a cache; returns [rows * block_size, D]."""
-    num_blocks, num_kv_heads, block_size, head_dim = cache.shape
-    rows = cache.view(num_blocks * num_kv_heads, block_size * head_dim).index_select(0, cache_rows)
-    return rows.view(-1, head_dim)
+def _gather(cache: KVCache, cache_rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Copies (block, head) rows of a cache; returns keys and values [rows * block_size, D]."""
+    return (
+        _gather_heads(cache.key, cache.key_scale, cache_rows, dtype),
+        _gather_heads(cache.value, cache.value_scale, cache_rows, dtype),
+    )
+
+
+def _gather_heads(heads: Tensor, scale: Tensor | None, cache_rows: Tensor, dtype: torch.dtype) -> Tensor:
+    head_dim = heads.shape[3]
+    rows = as_bytes(heads).view(-1, heads.shape[2] * head_dim).index_select(0, cache_rows).view(-1, head_dim)
+    if scale is None:
+        return rows
+    scales = scale.view(-1, heads.shape[2]).index_select(0, cache_rows).view(-1)
+    return dequantize_heads(rows.view(heads.dtype), scales, dtype)
 
 
 def _chunk_bias(chunk: Chunk, query: Tensor) -> Tensor:

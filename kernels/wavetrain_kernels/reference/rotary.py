@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.reference.kv_cache import write_kv_cache
 from wavetrain_kernels.reference.norm import rms_norm
 
@@ -17,18 +18,17 @@ def rotate_and_cache(
     value: Tensor,
     positions: Tensor,
     cos_sin_cache: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    cache: KVCache,
     slot_mapping: Tensor,
     query_norm: Tensor | None,
     key_norm: Tensor | None,
     eps: float,
 ) -> None:
-    """query_out = rotated query; the caches get the rotated key, and the value. Norms come before the rotation."""
+    """query_out = rotated query; the cache gets the rotated key, and the value. Norms come before the rotation."""
     query, key = _normalized(query, query_norm, eps), _normalized(key, key_norm, eps)
     key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     rotary_embedding(query_out, key_out, query, key, positions, cos_sin_cache)
-    write_kv_cache(key_out, value, key_cache, value_cache, slot_mapping)
+    write_kv_cache(key_out, value, cache, slot_mapping)
 
 
 def _normalized(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

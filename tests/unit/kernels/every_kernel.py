@@ -16,6 +16,7 @@ from torch import Tensor
 from wavetrain_kernels import ops
 from wavetrain_kernels.cpu.kernels import kernels_of
 from wavetrain_kernels.ops import dispatch
+from wavetrain_kernels.reference.kv_cache import quantize_heads
 
 _SIZES = (1, 2, 15, 16, 17, 33, 64, 130)
 
@@ -54,15 +55,18 @@ def run_rotations(dtype: torch.dtype) -> None:
     """Heads of all sizes, whole and in part rotated, into full and empty slots."""
     for num_tokens, head_dim, table_dtype in itertools.product((0, 1, 8), (2, 16, 34, 64), (dtype, torch.float32)):
         query, key, value = (torch.randn(num_tokens, heads, head_dim).to(dtype) for heads in (4, 2, 2))
-        caches = [torch.zeros(3, 2, 4, head_dim).to(dtype) for _ in range(2)]
         slots = torch.arange(num_tokens) + 4
         slots[1::3] = -1
         for half in (0, head_dim // 2, head_dim // 4):
             table = torch.randn(11, 2, half).to(table_dtype)
-            step = (query, key, value, torch.full((num_tokens,), 10), table, *caches, slots)
-            ops.rotate_and_cache(*step)
             norm = torch.randn(head_dim).to(dtype)
-            ops.rotate_and_cache(*step, query_norm=norm, key_norm=norm, eps=1e-6)
+            for cache_dtype in (dtype, torch.int8, torch.float8_e4m3fn):
+                held = [torch.zeros(3, 2, 4, head_dim).to(cache_dtype) for _ in range(2)]
+                scales = [torch.zeros(3, 2, 4).bfloat16() for _ in range(2)] if cache_dtype != dtype else []
+                cache = ops.KVCache(*held, *scales)
+                step = (query, key, value, torch.full((num_tokens,), 10), table, cache, slots)
+                ops.rotate_and_cache(*step)
+                ops.rotate_and_cache(*step, query_norm=norm, key_norm=norm, eps=1e-6)
 
 
 def run_linears() -> None:
@@ -120,9 +124,14 @@ def run_attention() -> None:
     )
     for heads, kv_heads, head_dim in ((1, 1, 8), (6, 2, 64), (4, 4, 80), (12, 1, 128), (2, 1, 256), (3, 1, 18)):
         query = torch.randn(sum(query_lens), heads, head_dim).bfloat16()
-        caches = [torch.randn(num_blocks, kv_heads, block_size, head_dim).bfloat16() for _ in range(2)]
-        for window, cap in itertools.product((None, 1, 20), (None, 5.0)):
-            ops.paged_attention(query, *caches, metadata_of(), scale=0.1, sliding_window=window, soft_cap=cap)
+        heads_of = [torch.randn(num_blocks, kv_heads, block_size, head_dim).bfloat16() for _ in range(2)]
+        coded = [quantize_heads(heads, dtype) for heads in heads_of for dtype in (torch.int8, torch.float8_e4m3fn)]
+        caches = [ops.KVCache(*heads_of)]
+        caches += [
+            ops.KVCache(key[0], value[0], key[1], value[1]) for key, value in zip(coded[:2], coded[2:], strict=True)
+        ]
+        for cache, window, cap in itertools.product(caches, (None, 1, 20), (None, 5.0)):
+            ops.paged_attention(query, cache, metadata_of(), scale=0.1, sliding_window=window, soft_cap=cap)
 
 
 def run_sampling() -> None:

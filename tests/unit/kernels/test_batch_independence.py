@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wavetrain_kernels import ops
 from wavetrain_kernels.kernel_set import KernelSet
+from wavetrain_kernels.reference.kv_cache import quantize_heads
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,16 @@ def compiled(kernels: KernelSet) -> Iterator[None]:
 class Contexts:
     """Requests of some lengths whose keys, values and queries at every position are known."""
 
-    def __init__(self, lengths: list[int], *, heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        codes: torch.dtype | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(head_dim)
         counts = [-(-length // block_size) for length in lengths]
         free = list(range(sum(counts)))
@@ -40,9 +50,13 @@ class Contexts:
         for row, count in enumerate(counts):
             self.tables[row, :count] = torch.tensor([free.pop() for _ in range(count)])
         shape = (sum(counts), kv_heads, block_size, head_dim)
-        self.caches = [torch.randn(*shape, generator=generator).bfloat16() for _ in range(2)]
+        caches = [torch.randn(*shape, generator=generator).bfloat16() for _ in range(2)]
         # Some keys stand out, so that sums are rescaled on the way.
-        self.caches[0][::5, :, 3] *= 4
+        caches[0][::5, :, 3] *= 4
+        self.cache = ops.KVCache(*caches)
+        if codes is not None:
+            (key, key_scale), (value, value_scale) = (quantize_heads(heads, codes) for heads in caches)
+            self.cache = ops.KVCache(key, value, key_scale, value_scale)
         self.queries = [torch.randn(length, heads, head_dim, generator=generator).bfloat16() for length in lengths]
 
     def attend(self, spans: list[tuple[int, int, int]], **options: Any) -> list[Tensor]:
@@ -53,24 +67,37 @@ class Contexts:
             lens, [end for _, _, end in spans], tables, torch.full((sum(lens),), -1, dtype=torch.int64)
         )
         query = torch.cat([self.queries[row][begin:end] for row, begin, end in spans])
-        scale = self.caches[0].shape[-1] ** -0.5
-        return list(
-            ops.paged_attention(query, self.caches[0], self.caches[1], metadata, scale=scale, **options).split(lens)
-        )
+        scale = self.cache.head_dim**-0.5
+        return list(ops.paged_attention(query, self.cache, metadata, scale=scale, **options).split(lens))
 
 
 @pytest.mark.parametrize(
-    ("window", "soft_cap"), [(None, None), (200, None), (None, 5.0)], ids=["whole", "window", "soft cap"]
+    ("window", "soft_cap", "codes"),
+    [
+        (None, None, None),
+        (200, None, None),
+        (None, 5.0, None),
+        (None, None, torch.int8),
+        (200, 5.0, torch.float8_e4m3fn),
+    ],
+    ids=["whole", "window", "soft cap", "int8", "fp8, window, soft cap"],
 )
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_size"), [(6, 2, 64, 16), (4, 4, 128, 16), (20, 1, 32, 32), (3, 3, 18, 4)]
 )
 def test_attention_of_a_position(
-    heads: int, kv_heads: int, head_dim: int, block_size: int, window: int | None, soft_cap: float | None
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    window: int | None,
+    soft_cap: float | None,
+    codes: torch.dtype | None,
 ) -> None:
     """Of the last positions of contexts within and beyond the 1,024 keys that are summed together."""
     lengths = [1, 130, 700, 2100]
-    contexts = Contexts(lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": block_size}
+    contexts = Contexts(lengths, **sizes, codes=codes)
     options = {"sliding_window": window, "soft_cap": soft_cap}
     firsts = [max(0, length - 150) for length in lengths]
     torch.set_num_threads(1)

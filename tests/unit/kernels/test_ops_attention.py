@@ -11,18 +11,22 @@ import torch
 
 from wavetrain_kernels import ops
 from wavetrain_kernels.errors import DtypeError, ShapeError
-from wavetrain_kernels.reference.kv_cache import write_kv_cache
+from wavetrain_kernels.reference.kv_cache import dequantize_heads, quantize_heads, write_kv_cache
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
+QUANTIZED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
-def make_caches(num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """Caches full of NaN: whatever is read besides what was written shows."""
+def make_cache(num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> ops.KVCache:
+    """A cache full of NaN: whatever is read besides what was written shows."""
     shape = (NUM_BLOCKS, num_kv_heads, BLOCK_SIZE, head_dim)
-    return torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, float("nan"), dtype=dtype)
+    if dtype not in QUANTIZED:
+        return ops.KVCache(torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, float("nan"), dtype=dtype))
+    key, value = (torch.full(shape, 0x7F, dtype=torch.uint8).view(dtype) for _ in range(2))  # NaN in e4m3
+    return ops.KVCache(key, value, *(torch.full(shape[:3], float("nan"), dtype=torch.bfloat16) for _ in range(2)))
 
 
 class Step:
@@ -35,11 +39,12 @@ class Step:
         num_kv_heads: int = 2,
         head_dim: int = 8,
         dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(len(rows))
         self.rows = rows
         self.num_groups = num_heads // num_kv_heads
-        self.key_cache, self.value_cache = make_caches(num_kv_heads, head_dim, dtype)
+        self.cache = make_cache(num_kv_heads, head_dim, cache_dtype or dtype)
         free = list(range(1, NUM_BLOCKS))
         random.Random(0).shuffle(free)
         tables, self.keys, self.values, slots = [], [], [], []
@@ -49,7 +54,9 @@ class Step:
             row_slots = torch.tensor(
                 [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(seq_len)], dtype=torch.int64
             )
-            write_kv_cache(key, value, self.key_cache, self.value_cache, row_slots)
+            write_kv_cache(key, value, self.cache, row_slots)
+            if cache_dtype is not None:
+                key, value = (dequantize_heads(*quantize_heads(x, cache_dtype), dtype) for x in (key, value))
             self.keys.append(key)
             self.values.append(value)
             tables.append(blocks)
@@ -66,7 +73,7 @@ class Step:
         self.query = torch.randn(self.metadata.num_tokens, num_heads, head_dim, generator=generator).to(dtype)
 
     def attend(self, **options) -> torch.Tensor:
-        return ops.paged_attention(self.query, self.key_cache, self.value_cache, self.metadata, scale=0.3, **options)
+        return ops.paged_attention(self.query, self.cache, self.metadata, scale=0.3, **options)
 
     def expected(self, sliding_window: int | None = None, soft_cap: float | None = None) -> torch.Tensor:
         """The definition of attention, one token and head at a time, in float64."""
@@ -117,6 +124,30 @@ def test_attention_in_half_precision(dtype, tolerance, soft_cap):
     torch.testing.assert_close(result.double(), step.expected(soft_cap=soft_cap), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("cache_dtype", QUANTIZED, ids=QUANTIZED.values())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"soft_cap": 0.7}], ids=["whole", "window", "cap"])
+@pytest.mark.parametrize("rows", [STEPS["mixed"], STEPS["decodes of unlike length"]], ids=["mixed", "decodes"])
+def test_attention_over_codes(rows, options, dtype, tolerance, cache_dtype):
+    """The oracle sees what the codes stand for; scales and codes where nobody wrote are NaN."""
+    for head_dim in (8, 32, 80):
+        step = Step(rows, dtype=dtype, cache_dtype=cache_dtype, head_dim=head_dim)
+        result = step.attend(**options)
+        torch.testing.assert_close(result.double(), step.expected(**options), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("cache_dtype", QUANTIZED, ids=QUANTIZED.values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_was_not_finite_stays_alone(dtype, cache_dtype):
+    step = Step([(1, 6), (4, 9), (1, 7)], dtype=dtype, cache_dtype=cache_dtype)
+    clean, slot = step.attend(), int(step.metadata.slot_mapping[5])
+    infinite = torch.full((1, 2, 8), float("inf"), dtype=dtype)
+    write_kv_cache(infinite, infinite, step.cache, torch.tensor([slot]))
+    result = step.attend()
+    assert result[5].isnan().all()
+    assert torch.equal(result[:5], clean[:5])
+
+
 def test_an_empty_step():
     step = Step([])
     assert step.attend().shape == (0, 6, 8)
@@ -156,17 +187,17 @@ def test_a_long_prompt_with_a_window():
     """Long enough that whole tiles of keys are masked for a query."""
     generator = torch.Generator().manual_seed(0)
     num_tokens, window = 1100, 70
-    key_cache, value_cache = torch.randn(2, 69, 1, 16, 8, generator=generator)
+    cache = ops.KVCache(*torch.randn(2, 69, 1, 16, 8, generator=generator))
     query = torch.randn(num_tokens, 2, 8, generator=generator)
     metadata = ops.AttentionMetadata.build(
         [num_tokens], [num_tokens], torch.arange(69, dtype=torch.int32)[None], torch.full((num_tokens,), -1)
     )
-    key, value = (c.transpose(1, 2).reshape(-1, 8)[:num_tokens].double() for c in (key_cache, value_cache))
+    key, value = (c.transpose(1, 2).reshape(-1, 8)[:num_tokens].double() for c in (cache.key, cache.value))
     distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
     scores = torch.einsum("thd,sd->hts", query.double(), key) * 0.3
     scores.masked_fill_((distance < 0) | (distance >= window), -math.inf)
     expected = torch.einsum("hts,sd->thd", scores.softmax(-1), value)
-    result = ops.paged_attention(query, key_cache, value_cache, metadata, scale=0.3, sliding_window=window)
+    result = ops.paged_attention(query, cache, metadata, scale=0.3, sliding_window=window)
     torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -174,7 +205,7 @@ def test_strided_inputs():
     step = Step(STEPS["mixed"])
     fused = torch.randn(step.query.shape[0], 10, 8)
     fused[:, :6] = step.query
-    result = ops.paged_attention(fused[:, :6], step.key_cache, step.value_cache, step.metadata, scale=0.3)
+    result = ops.paged_attention(fused[:, :6], step.cache, step.metadata, scale=0.3)
     torch.testing.assert_close(result, step.attend())
 
 
@@ -182,8 +213,8 @@ def test_a_row_of_nan_stays_alone():
     step = Step([(1, 6), (4, 9), (1, 7)])
     clean = step.attend()
     slots = step.metadata.slot_mapping
-    step.value_cache[int(slots[5]) // BLOCK_SIZE] = float("nan")
-    step.key_cache[int(slots[5]) // BLOCK_SIZE] = float("nan")
+    step.cache.value[int(slots[5]) // BLOCK_SIZE] = float("nan")
+    step.cache.key[int(slots[5]) // BLOCK_SIZE] = float("nan")
     result = step.attend()
     assert result[5].isnan().all()
     assert torch.equal(result[:5], clean[:5])
@@ -246,22 +277,30 @@ def test_metadata_that_does_not_fit(changes, error, message):
         ops.AttentionMetadata(**metadata_fields(**changes))
 
 
+SCALES = torch.ones(NUM_BLOCKS, 2, BLOCK_SIZE, dtype=torch.bfloat16)
 BAD_CACHES = [
     (lambda c: (c[0][0], c[1][0]), ShapeError, "must be .num_blocks, Hkv, block_size, D"),
     (lambda c: (c[0], c[1][1:]), ShapeError, "must be .num_blocks, Hkv, block_size, D"),
     (lambda c: (c[0][..., :4].contiguous(), c[1][..., :4].contiguous()), ShapeError, "heads of 4 dimensions, got 8"),
     (lambda c: (c[0][:, :, ::2], c[1][:, :, ::2]), ShapeError, "must be contiguous"),
-    (lambda c: (c[0].half(), c[1]), DtypeError, "caches hold torch.float16 and torch.float32"),
-    (lambda c: (c[0], c[1].half()), DtypeError, "caches hold torch.float32 and torch.float16"),
+    (lambda c: (c[0].half(), c[1]), DtypeError, "cache holds torch.float16 and torch.float32"),
+    (lambda c: (c[0], c[1].half()), DtypeError, "cache holds torch.float32 and torch.float16"),
+    (lambda c: (c[0].char(), c[1]), DtypeError, "cache holds torch.int8 and torch.float32"),
+    (lambda c: (c[0].char(), c[1].char()), ShapeError, "a cache of torch.int8 has a key_scale"),
+    (lambda c: (c[0].char(), c[1].char(), SCALES), ShapeError, "a cache of torch.int8 has a value_scale"),
+    (lambda c: (*c, SCALES), ShapeError, "a cache of torch.float32 has no key_scale"),
+    (lambda c: (c[0].char(), c[1].char(), SCALES, SCALES[1:]), ShapeError, "value_scale must be contiguous"),
+    (lambda c: (c[0].char(), c[1].char(), SCALES.mT.contiguous().mT, SCALES), ShapeError, "key_scale must be contig"),
+    (lambda c: (c[0].char(), c[1].char(), SCALES.float(), SCALES), DtypeError, "key_scale must be torch.bfloat16"),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_CACHES)
 def test_caches_that_do_not_fit(change, error, message):
     step = Step([(1, 4)])
-    caches = change((step.key_cache, step.value_cache))
+    cache = ops.KVCache(*change((step.cache.key, step.cache.value)))
     with pytest.raises(error, match=message):
-        ops.paged_attention(step.query, *caches, step.metadata, scale=1.0)
+        ops.paged_attention(step.query, cache, step.metadata, scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -280,10 +319,10 @@ def test_caches_that_do_not_fit(change, error, message):
 def test_a_query_that_does_not_fit(query, options, error, message):
     step = Step([(1, 4)])
     with pytest.raises(error, match=message):
-        ops.paged_attention(query, step.key_cache, step.value_cache, step.metadata, **{"scale": 1.0} | options)
+        ops.paged_attention(query, step.cache, step.metadata, **{"scale": 1.0} | options)
 
 
 def test_block_tables_too_narrow():
     metadata = ops.AttentionMetadata.build([1], [9], torch.zeros((1, 2), dtype=torch.int32), torch.tensor([0]))
     with pytest.raises(ShapeError, match="2 columns of 4 tokens cannot hold a context of 9"):
-        ops.paged_attention(torch.zeros(1, 6, 8), *make_caches(2, 8), metadata, scale=1.0)
+        ops.paged_attention(torch.zeros(1, 6, 8), make_cache(2, 8), metadata, scale=1.0)

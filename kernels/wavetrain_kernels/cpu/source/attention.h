@@ -10,6 +10,7 @@
 // the cache and the softmax runs down the lanes.
 #pragma once
 
+#include "kv_cache.h"
 #include "program.h"
 #include "threads.h"
 #include "tile.h"
@@ -29,8 +30,11 @@ constexpr int kKeysAtOnce = 4, kLanesAtOnce = 2;
 struct Attention {
     bf16* out;                // [T, Hq, D], contiguous
     const bf16* query;        // [T, Hq, D], a token every query_stride
-    const bf16* key_cache;    // [blocks, Hkv, block_size, D], as value_cache
-    const bf16* value_cache;
+    const char* key_cache;    // [blocks, Hkv, block_size, D], as value_cache: bf16, or codes of one byte
+    const char* value_cache;
+    const bf16* key_scales;   // [blocks, Hkv, block_size], as value_scales; of codes
+    const bf16* value_scales;
+    Codes codes;
     const int32_t* query_start_loc;   // [B + 1]
     const int32_t* seq_lens;          // [B]
     const int32_t* block_tables;      // [B, table_stride]
@@ -51,6 +55,8 @@ struct Attention {
     int64_t group() const { return num_heads / num_kv_heads; }
     int64_t depth_steps() const { return (head_dim + kDepth - 1) / kDepth; }
     int64_t padded_dim() const { return depth_steps() * kDepth; }
+    bool has_scales() const { return codes != Codes::kNone; }
+    int64_t row_bytes() const { return head_dim * (has_scales() ? 1 : (int64_t)sizeof(bf16)); }
 };
 
 // What one thread works on: up to kMaxTiles tiles of lanes of one row, of one key-value head or one tile of each of several.
@@ -75,33 +81,40 @@ struct alignas(64) AttentionScratch {
     float scores[kKeys][kLanes];
     bf16 weights[kLanes][kKeys];                                       // tiles of A, side by side
     float positions[kMaxTiles][kLanes];
+    float key_scales[kKeys], value_scales[kKeys];                      // of a quantized cache; 0 past the context
     Sums part[kMaxTiles], total[kMaxTiles];
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline const bf16* cached(const Attention& op, const bf16* cache, int64_t row, int64_t head, int64_t position) {
+// Which row of the cache, of head_dim elements, has a position's key or value.
+inline int64_t cached_row(const Attention& op, int64_t row, int64_t head, int64_t position) {
     // A division takes as long as loading the row it finds.
     bool is_power = (op.block_size & (op.block_size - 1)) == 0;
     int64_t index = is_power ? position >> __builtin_ctzll((uint64_t)op.block_size) : position / op.block_size;
     int64_t block = op.block_tables[row * op.table_stride + index];
-    return cache + ((block * op.num_kv_heads + head) * op.block_size + position - index * op.block_size) * op.head_dim;
+    return (block * op.num_kv_heads + head) * op.block_size + position - index * op.block_size;
+}
+
+inline const char* cached(const Attention& op, const char* cache, int64_t row, int64_t head, int64_t position) {
+    return cache + cached_row(op, row, head, position) * op.row_bytes();
 }
 
 // Walks over one head's rows of a cache, position by position.
 class CachedRows {
   public:
-    CachedRows(const Attention& op, const bf16* cache, const Lanes& lanes, int64_t position)
-        : op_(op), cache_(cache), lanes_(lanes), position_(position), left_(op.block_size - position % op.block_size) {
+    CachedRows(const Attention& op, const char* cache, const Lanes& lanes, int64_t position)
+        : op_(op), cache_(cache), lanes_(lanes), position_(position), left_(op.block_size - position % op.block_size),
+          row_bytes_(op.row_bytes()) {
         row_ = cached(op, cache, lanes.row, lanes.head, position);
     }
-    const bf16* row() const { return row_; }
+    const char* row() const { return row_; }
     // Must not go past the context: its last block is the last one the table has.
     void advance() {
         ++position_;
         if (--left_) {
-            row_ += op_.head_dim;
+            row_ += row_bytes_;
         } else {
             row_ = cached(op_, cache_, lanes_.row, lanes_.head, position_);
             left_ = op_.block_size;
@@ -110,10 +123,10 @@ class CachedRows {
 
   private:
     const Attention& op_;
-    const bf16* cache_;
+    const char* cache_;
     const Lanes& lanes_;
-    int64_t position_, left_;
-    const bf16* row_;
+    int64_t position_, left_, row_bytes_;
+    const char* row_;
 };
 
 inline int64_t token_of(const Attention& op, const Lanes& lanes, int64_t lane) {
@@ -161,6 +174,21 @@ inline void load_queries(const Attention& op, const Lanes& lanes, int64_t slot, 
     }
 }
 
+// scales [128] = those of positions [first, end) of one head, and zeros: what lies past a context may be NaN.
+inline void load_scales(const Attention& op, const bf16* cache, const Lanes& lanes, int64_t first, int64_t end, float* scales) {
+    for (int64_t position = first; position < end;) {
+        const bf16* from = cache + cached_row(op, lanes.row, lanes.head, position);
+        int64_t count = smaller(op.block_size - position % op.block_size, end - position);
+        for (int64_t i = 0; i < count; i += kLanes) {
+            int64_t some = smaller(kLanes, count - i);
+            Floats x = some == kLanes ? load(from + i) : load(from + i, (int)some);
+            store(scales + position - first + i, x, (int)some);
+        }
+        position += count;
+    }
+    for (int64_t i = end - first; i < kKeys; ++i) scales[i] = 0.0f;
+}
+
 // One tile of A per 16 keys and 32 dimensions: the cache itself where it holds whole tiles, else a padded copy.
 struct KeyTiles {
     const bf16* start[kKeys / kTile];
@@ -174,7 +202,7 @@ inline KeyTiles load_keys(const Attention& op, const Lanes& lanes, int64_t first
     for (int64_t i = 0; i < kKeys / kTile; ++i) {
         int64_t position = first + i * kTile;
         // Past the context: any valid address does, its scores are masked.
-        if (is_direct) tiles.start[i] = cached(op, op.key_cache, lanes.row, lanes.head, position < end ? position : first);
+        if (is_direct) tiles.start[i] = (const bf16*)cached(op, op.key_cache, lanes.row, lanes.head, position < end ? position : first);
         else tiles.start[i] = scratch.keys + i * kTile * op.padded_dim();
     }
     if (!is_direct) {
@@ -182,6 +210,22 @@ inline KeyTiles load_keys(const Attention& op, const Lanes& lanes, int64_t first
         for (int64_t position = first; position < smaller(end, first + kKeys); ++position)
             memcpy(scratch.keys + (position - first) * op.padded_dim(), cached(op, op.key_cache, lanes.row, lanes.head, position),
                    (size_t)op.head_dim * sizeof(bf16));
+    }
+    return tiles;
+}
+
+// The same from codes: widened, their scales beside them.
+template <Codes kCodes>
+inline KeyTiles load_key_codes(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
+    KeyTiles tiles;
+    tiles.row_bytes = op.padded_dim() * (int64_t)sizeof(bf16);
+    for (int64_t i = 0; i < kKeys / kTile; ++i) tiles.start[i] = scratch.keys + i * kTile * op.padded_dim();
+    int64_t num_keys = smaller(end - first, kKeys);
+    load_scales(op, op.key_scales, lanes, first, first + num_keys, scratch.key_scales);
+    CachedRows cursor(op, op.key_cache, lanes, first);
+    for (int64_t i = 0; i < num_keys; ++i) {
+        if (i) cursor.advance();
+        widen_row<kCodes>(scratch.keys + i * op.padded_dim(), (const uint8_t*)cursor.row(), op.head_dim);
     }
     return tiles;
 }
@@ -206,17 +250,19 @@ inline void interleave(const bf16* a, const bf16* b, bf16* even, bf16* odd) {
 }
 
 // Values of keys [first, first + kKeys) as tiles of B. Positions from `end` on are zeros, whatever the cache holds there.
+template <Codes kCodes>
 inline void load_values(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
     bool is_padded = op.head_dim % kDepth != 0;
     alignas(64) bf16 copies[2][kMaxHeadDim];
-    if (is_padded) memset(copies, 0, sizeof copies);
+    if (is_padded && kCodes == Codes::kNone) memset(copies, 0, sizeof copies);
     int64_t used = smaller(kKeys, (end - first + kDepth - 1) / kDepth * kDepth);
     CachedRows cursor(op, op.value_cache, lanes, first);
     for (int64_t key = 0; key < used; key += 2) {
         const bf16* rows[2] = {nullptr, nullptr};
         for (int i = 0; i < 2 && first + key + i < end; ++i) {
-            rows[i] = cursor.row();
-            if (is_padded) rows[i] = (const bf16*)memcpy(copies[i], rows[i], (size_t)op.head_dim * sizeof(bf16));
+            rows[i] = kCodes == Codes::kNone && !is_padded ? (const bf16*)cursor.row() : copies[i];
+            if (kCodes != Codes::kNone) widen_row<kCodes>(copies[i], (const uint8_t*)cursor.row(), op.head_dim);
+            else if (is_padded) memcpy(copies[i], cursor.row(), (size_t)op.head_dim * sizeof(bf16));
             if (first + key + i + 1 < end) cursor.advance();
         }
         bf16(*tiles)[kTileElements] = scratch.values[key / kDepth];
@@ -224,6 +270,22 @@ inline void load_values(const Attention& op, const Lanes& lanes, int64_t first, 
         for (int64_t d = 0; d < op.padded_dim(); d += kDepth)
             interleave(rows[0] ? rows[0] + d : nullptr, rows[1] ? rows[1] + d : nullptr, tiles[d / kTile] + at, tiles[d / kTile + 1] + at);
     }
+}
+
+// Keys and values of positions [first, first + kKeys), none from `end` on; returns where the keys are.
+inline KeyTiles load_step(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
+    if (op.codes == Codes::kNone) {
+        KeyTiles keys = load_keys(op, lanes, first, end, scratch);
+        load_values<Codes::kNone>(op, lanes, first, end, scratch);
+        return keys;
+    }
+    load_scales(op, op.value_scales, lanes, first, smaller(end, first + kKeys), scratch.value_scales);
+    if (op.codes == Codes::kInt8) {
+        load_values<Codes::kInt8>(op, lanes, first, end, scratch);
+        return load_key_codes<Codes::kInt8>(op, lanes, first, end, scratch);
+    }
+    load_values<Codes::kE4m3>(op, lanes, first, end, scratch);
+    return load_key_codes<Codes::kE4m3>(op, lanes, first, end, scratch);
 }
 
 #if !WAVETRAIN_AMX
@@ -271,6 +333,11 @@ inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t til
 #endif
 }
 
+// Scores of codes become those of keys.
+inline void scale_scores(int64_t num_keys, AttentionScratch& scratch) {
+    for (int64_t i = 0; i < num_keys; ++i) store(scratch.scores[i], mul(load(scratch.scores[i]), broadcast(scratch.key_scales[i])));
+}
+
 // Caps the scores, where the model does; afterwards they are to be multiplied by score_scale().
 inline void cap_scores(const Attention& op, int64_t num_keys, AttentionScratch& scratch) {
     if (!(op.soft_cap > 0)) return;
@@ -309,7 +376,15 @@ inline Floats largest_scores(int64_t num_keys, const AttentionScratch& scratch) 
     return max(max(best[0], best[1]), max(best[2], best[3]));
 }
 
-// weights [16, 128] (tiles of A) = 2^(score * scale - base), rounded; returns their sums, unrounded, per lane.
+// x, times the scale of a value where there is one.
+template <bool kHasScales>
+inline Floats weigh(Floats x, const float* scale) {
+    return kHasScales ? mul(x, broadcast(*scale)) : x;
+}
+
+// weights [16, 128] (tiles of A) = 2^(score * scale - base) times the values' scales, rounded; returns the sums of the powers,
+// unrounded, per lane.
+template <bool kHasScales>
 inline Floats exponentiate(Floats scale, Floats base, int64_t num_keys, AttentionScratch& scratch) {
     Floats sums[2] = {broadcast(0.0f), broadcast(0.0f)}, offset = sub(broadcast(0.0f), base);
     int64_t padded = (num_keys + kDepth - 1) / kDepth * kDepth;
@@ -322,7 +397,8 @@ inline Floats exponentiate(Floats scale, Floats base, int64_t num_keys, Attentio
             Floats odd = exp2_down(fma(load(scratch.scores[first + 2 * i + 1]), scale, offset));
             sums[0] = add(sums[0], even);
             sums[1] = add(sums[1], odd);
-            pairs[i] = narrow_pairs(even, odd);
+            const float* scales = scratch.value_scales + first + 2 * i;
+            pairs[i] = narrow_pairs(weigh<kHasScales>(even, scales), weigh<kHasScales>(odd, scales + 1));
         }
         transpose(pairs);
         for (int i = 0; i < kLanes; ++i) _mm512_store_si512(&scratch.weights[i][first], pairs[i]);
@@ -332,7 +408,7 @@ inline Floats exponentiate(Floats scale, Floats base, int64_t num_keys, Attentio
         Floats weight = exp2_down(fma(load(scratch.scores[key]), scale, offset));
         sums[key % 2] = add(sums[key % 2], weight);
         bf16 rounded[kLanes];
-        store(rounded, weight);
+        store(rounded, weigh<kHasScales>(weight, scratch.value_scales + key));
         for (int i = 0; i < kLanes; ++i) scratch.weights[i][key] = rounded[i];
     }
 #endif
@@ -428,18 +504,21 @@ inline Floats rescale(Floats from, Floats to) { return exp2(sub(from, to)); }
 // A lane that sees no key yet has the largest score -inf: weights are then computed against 0, and are 0.
 inline Floats finite(Floats largest) { return where_less(largest, broadcast(-3e38f), broadcast(0.0f), largest); }
 
+inline void prefetch_lines(const void* from, int64_t bytes) {
+    // Not __builtin_prefetch: GCC takes a function of nothing else for one without effect, and drops its calls.
+    for (int64_t line = 0; line < bytes; line += 64) asm volatile("prefetcht1 %0" ::"m"(((const char*)from)[line]));
+}
+
 // Asks for the keys and values of a later step while this one is computed.
 inline void prefetch(const Attention& op, const Lanes& lanes, int64_t first, int64_t end) {
-    int64_t row_bytes = op.head_dim * (int64_t)sizeof(bf16);
     for (int64_t position = first; position < end; position += op.block_size) {
-        int64_t bytes = smaller(op.block_size - position % op.block_size, end - position) * row_bytes;
-        const char* keys = (const char*)cached(op, op.key_cache, lanes.row, lanes.head, position);
-        const char* values = (const char*)cached(op, op.value_cache, lanes.row, lanes.head, position);
-        for (int64_t line = 0; line < bytes; line += 64) {
-            // Not __builtin_prefetch: GCC takes a function of nothing else for one without effect, and drops its calls.
-            asm volatile("prefetcht1 %0" ::"m"(keys[line]));
-            asm volatile("prefetcht1 %0" ::"m"(values[line]));
-        }
+        int64_t count = smaller(op.block_size - position % op.block_size, end - position);
+        int64_t row = cached_row(op, lanes.row, lanes.head, position);
+        prefetch_lines(op.key_cache + row * op.row_bytes(), count * op.row_bytes());
+        prefetch_lines(op.value_cache + row * op.row_bytes(), count * op.row_bytes());
+        if (!op.has_scales()) continue;
+        prefetch_lines(op.key_scales + row, count * (int64_t)sizeof(bf16));
+        prefetch_lines(op.value_scales + row, count * (int64_t)sizeof(bf16));
     }
 }
 
@@ -448,12 +527,14 @@ inline void sum_step(const Attention& op, const KeyTiles& keys, int64_t slot, in
                      AttentionScratch& scratch) {
     Sums& sums = scratch.part[slot];
     multiply_keys(op, keys, slot, num_keys, scratch);
+    if (op.has_scales()) scale_scores(num_keys, scratch);
     cap_scores(op, num_keys, scratch);
     if (!sees_all(op, slot, first, num_keys, scratch)) mask_scores(op, slot, first, num_keys, scratch);
     Floats scale = broadcast(score_scale(op)), before = load(sums.largest);
     Floats largest = max(mul(largest_scores(num_keys, scratch), scale), before);
     Floats base = finite(largest), factor = rescale(before, base);
-    Floats weight = exponentiate(scale, base, num_keys, scratch);
+    Floats weight = op.has_scales() ? exponentiate<true>(scale, base, num_keys, scratch)
+                                    : exponentiate<false>(scale, base, num_keys, scratch);
     store(sums.largest, largest);
     store(sums.weight, fma(load(sums.weight), factor, weight));
     multiply_values(op, slot, lanes, num_keys, factor, scratch);
@@ -467,8 +548,7 @@ inline void sum_partition(const Attention& op, const Lanes& lanes, int64_t first
         for (int64_t i = 0; i < lanes.num_heads; ++i) {
             Lanes one = lanes.of_head(i);
             prefetch(op, one, start + num_keys, smaller(end, start + 2 * kKeys));
-            KeyTiles keys = load_keys(op, one, start, end, scratch);
-            load_values(op, one, start, end, scratch);
+            KeyTiles keys = load_step(op, one, start, end, scratch);
             for (int64_t tile = 0; tile < one.num_tiles(); ++tile)
                 sum_step(op, keys, i + tile, smaller(kLanes, lanes.num_lanes - tile * kLanes), start, num_keys, scratch);
         }

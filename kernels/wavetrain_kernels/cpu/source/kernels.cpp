@@ -82,8 +82,8 @@ void wavetrain_rms_norm(void* out, void* residual_out, const void* x, const void
 void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stride, int64_t query_head_stride, int64_t query_heads,
                                 const void* key, int64_t key_stride, int64_t key_head_stride, int64_t key_heads, const void* value,
                                 int64_t value_stride, int64_t value_head_stride, const int64_t* positions, const void* table,
-                                void* key_cache, void* value_cache, const int64_t* slots, const void* query_norm,
-                                const void* key_norm, int64_t num_tokens, int64_t size, int64_t half, int64_t block_size,
+                                void* key_cache, void* value_cache, bf16* key_scales, bf16* value_scales, int codes,
+                                const int64_t* slots, const void* query_norm, const void* key_norm, int64_t num_tokens, int64_t size, int64_t half, int64_t block_size,
                                 float eps, int kind) {
     auto run = [&](auto element, auto entry) {
         using T = decltype(element);
@@ -94,8 +94,11 @@ void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stri
                                 {(const T*)value, value_stride, value_head_stride, key_heads},
                                 positions,
                                 (const C*)table,
-                                (T*)key_cache,
-                                (T*)value_cache,
+                                key_cache,
+                                value_cache,
+                                key_scales,
+                                value_scales,
+                                (Codes)codes,
                                 slots,
                                 (const T*)query_norm,
                                 (const T*)key_norm,
@@ -110,13 +113,13 @@ void wavetrain_rotate_and_cache(void* out, const void* query, int64_t query_stri
     else run(float(), float());
 }
 
-void wavetrain_paged_attention(bf16* out, const bf16* query, const bf16* key_cache, const bf16* value_cache,
-                               const int32_t* query_start_loc, const int32_t* seq_lens, const int32_t* block_tables,
+void wavetrain_paged_attention(bf16* out, const bf16* query, const char* key_cache, const char* value_cache,
+                               const bf16* key_scales, const bf16* value_scales, int codes, const int32_t* query_start_loc, const int32_t* seq_lens, const int32_t* block_tables,
                                char* workspace, int64_t query_stride, int64_t table_stride, int64_t num_rows, int64_t num_heads,
                                int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t sliding_window,
                                int64_t num_tokens, int64_t max_pieces, float scale, float soft_cap) {
-    submit(Attention{out, query, key_cache, value_cache, query_start_loc, seq_lens, block_tables, query_stride, table_stride,
-                     num_rows, num_heads, num_kv_heads, head_dim, block_size, sliding_window, num_tokens, max_pieces, workspace,
+    submit(Attention{out, query, key_cache, value_cache, key_scales, value_scales, (Codes)codes, query_start_loc, seq_lens,
+                     block_tables, query_stride, table_stride, num_rows, num_heads, num_kv_heads, head_dim, block_size, sliding_window, num_tokens, max_pieces, workspace,
                      scale, soft_cap});
 }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rotary embedding, half-split, of a step's queries and keys, the keys and values going straight into the paged cache.
 //
-// T is the type of queries, keys, values and caches, C that of the table. The sums are taken in the wider of the two: where both are
+// T is the type of queries, keys, values and caches that are not quantized, C that of the table. The sums are taken in the wider of the two: where both are
 // bf16, each product is rounded, as PyTorch has it.
 #pragma once
 
+#include "kv_cache.h"
 #include "norm.h"
 #include "program.h"
 #include "simd.h"
@@ -27,7 +28,9 @@ struct Rotation {
     Heads<const T> query, key, value;
     const int64_t* positions;
     const C* table;        // [max_position, 2, half]: cosines, then sines
-    T *key_cache, *value_cache;  // [num_blocks, heads, block_size, size]
+    void *key_cache, *value_cache;       // [num_blocks, heads, block_size, size]: T, or codes of one byte
+    bf16 *key_scales, *value_scales;     // [num_blocks, heads, block_size] of codes
+    Codes codes;
     const int64_t* slots;  // -1: the token's key and value are not stored
     const T *query_norm, *key_norm;  // [size], by which heads are normalized before they are rotated; null: they are not
     int64_t count, size, half, block_size;   // count: tokens
@@ -91,8 +94,16 @@ inline void rotate_token(const Rotation<T, C>& op, int64_t token) {
     if (slot < 0) return;
     for (int64_t head = 0; head < op.key.num_heads; ++head) {
         int64_t row = (slot / op.block_size * op.key.num_heads + head) * op.block_size + slot % op.block_size;
-        norm_and_rotate_head(op.key_cache + row * op.size, op.key.at(token, head), op.key_norm, cosines, sines, op);
-        memcpy(op.value_cache + row * op.size, op.value.at(token, head), (size_t)op.size * sizeof(T));
+        if (op.codes == Codes::kNone) {
+            norm_and_rotate_head((T*)op.key_cache + row * op.size, op.key.at(token, head), op.key_norm, cosines, sines, op);
+            memcpy((T*)op.value_cache + row * op.size, op.value.at(token, head), (size_t)op.size * sizeof(T));
+        } else {
+            T key[kMostQuantized];
+            norm_and_rotate_head(key, op.key.at(token, head), op.key_norm, cosines, sines, op);
+            op.key_scales[row] = quantize_head((uint8_t*)op.key_cache + row * op.size, key, op.size, op.codes);
+            const T* value = op.value.at(token, head);
+            op.value_scales[row] = quantize_head((uint8_t*)op.value_cache + row * op.size, value, op.size, op.codes);
+        }
     }
 }
 

@@ -10,19 +10,29 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from wavetrain_kernels.attention_metadata import AttentionMetadata
+from wavetrain_kernels.kv_cache import LARGEST_CODES, KVCache
 from wavetrain_kernels.reference.kernels import REFERENCE
+from wavetrain_kernels.reference.kv_cache import dequantize_heads, quantize_heads
 
 # T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension.
 
 # paged_attention of a kernel set.
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, AttentionMetadata, float, int | None, float | None], None]
+Attention = Callable[[Tensor, Tensor, KVCache, AttentionMetadata, float, int | None, float | None], None]
 
 # What an element of `out` that nobody writes keeps.
 UNWRITTEN = 77.0
+
+# Dtypes of a quantized cache, and whether the chip has the type: one that has not is given the bits.
+CODES = [
+    pytest.param(torch.int8, True, id="int8"),
+    pytest.param(torch.float8_e4m3fn, True, id="fp8"),
+    pytest.param(torch.float8_e4m3fn, False, id="fp8 as bits"),
+]
 
 # How far from the oracle a result may be, by what it is computed from. The oracle is exact beside these.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -43,8 +53,7 @@ class AttentionCase:
     """One step on the device under test. `query` is a slice of a wider tensor, as of a fused projection."""
 
     query: Tensor
-    key_cache: Tensor
-    value_cache: Tensor
+    cache: KVCache
     metadata: AttentionMetadata
     scale: float
     sliding_window: int | None = None
@@ -56,8 +65,7 @@ class AttentionCase:
         paged_attention(
             out,
             self.query,
-            self.key_cache,
-            self.value_cache,
+            self.cache,
             self.metadata,
             self.scale,
             self.sliding_window,
@@ -67,7 +75,7 @@ class AttentionCase:
 
     def expected(self) -> Tensor:
         """Returns [T, Hq, D] float32 on the CPU: the reference's answer, UNWRITTEN where no row has the token."""
-        query, key_cache, value_cache = (x.float().cpu() for x in (self.query, self.key_cache, self.value_cache))
+        query = self.query.float().cpu()
         metadata = self.metadata
         on_host = AttentionMetadata(
             metadata.query_start_loc.cpu(),
@@ -79,9 +87,19 @@ class AttentionCase:
         )
         out = torch.full(query.shape, UNWRITTEN)
         REFERENCE.paged_attention(
-            out, query, key_cache, value_cache, on_host, self.scale, self.sliding_window, self.soft_cap
+            out, query, self._exact_cache(), on_host, self.scale, self.sliding_window, self.soft_cap
         )
         return out
+
+    def _exact_cache(self) -> KVCache:
+        """The cache in float32 on the CPU; a quantized one as what its codes stand for."""
+        heads = [(self.cache.key, self.cache.key_scale), (self.cache.value, self.cache.value_scale)]
+        return KVCache(
+            *(
+                x.float().cpu() if scale is None else dequantize_heads(x.cpu(), scale.cpu(), torch.float32)
+                for x, scale in heads
+            )
+        )
 
 
 def make_case(
@@ -93,12 +111,16 @@ def make_case(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     seed: int = 0,
+    codes: torch.dtype | None = None,
 ) -> AttentionCase:
     """Builds a step of rows (number of queries, length of the context with them) with random contents.
 
     Rows of (0, 0) are the padding of a captured graph. All slots that belong to no context hold NaN, the blocks of a
     context are scattered, and the tables of short rows are filled up with a block of NaN, as are those of blocks that
     lie before the window: their owner may have given them back. Some keys stand out, so that sums are rescaled.
+
+    Args:
+        codes: of a quantized cache, with scales of NaN where nobody wrote.
     """
     heads = heads or Heads()
     generator = torch.Generator().manual_seed(seed)
@@ -132,13 +154,20 @@ def make_case(
     )
     return AttentionCase(
         query=fused.to(dtype).to(device)[:, : heads.num_heads],
-        key_cache=caches[0].to(dtype).to(device),
-        value_cache=caches[1].to(dtype).to(device),
+        cache=_cache(caches, dtype if codes is None else codes, device),
         metadata=metadata,
         scale=heads.head_dim**-0.5,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
     )
+
+
+def _cache(contents: Tensor, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Keys and values [2, num_blocks, Hkv, block_size, D] as a cache of `dtype`."""
+    if dtype not in LARGEST_CODES:
+        return KVCache(*contents.to(dtype).to(device))
+    (key, key_scale), (value, value_scale) = (quantize_heads(heads, dtype) for heads in contents)
+    return KVCache(*(x.to(device) for x in (key, value, key_scale, value_scale)))
 
 
 def assert_attends(case: AttentionCase, paged_attention: Attention) -> None:

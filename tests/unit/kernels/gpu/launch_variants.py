@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 from wavetrain_kernels import ops
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.gpu.kernels import GPU
+from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.ops import dispatch
 
 DTYPE = torch.bfloat16
@@ -70,7 +71,11 @@ EXPERTS = (
     _made(NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE),
     _made(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE),
 )
-CACHES = [_made(20, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(2)]
+CACHE = KVCache(*(_made(20, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in range(2)))
+QUANTIZED_CACHE = KVCache(
+    *(_made(20, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM).to(torch.float8_e4m3fn) for _ in range(2)),
+    *(torch.zeros(20, NUM_KV_HEADS, BLOCK_SIZE, dtype=torch.bfloat16) for _ in range(2)),
+)
 BUFFER = torch.zeros(1024, dtype=torch.int64)  # what a step's ids are slices of, at any offset
 
 
@@ -98,17 +103,21 @@ def add_rms_norm(num_tokens: int) -> None:
     GPU.add_rms_norm(torch.empty_like(x), torch.empty_like(x), x, x.clone(), WEIGHT, 1e-5, 0.0)
 
 
-def rotate_and_cache(num_tokens: int, *norms: torch.Tensor) -> None:
+def rotate_and_cache(num_tokens: int, *norms: torch.Tensor, cache: KVCache = CACHE) -> None:
     num_all = NUM_HEADS + 2 * NUM_KV_HEADS
     fused = _made(num_tokens, num_all * HEAD_DIM).unflatten(-1, (num_all, HEAD_DIM))
     query, key, value = fused.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
     positions, slots = BUFFER[num_tokens : 2 * num_tokens], BUFFER[1 : num_tokens + 1]
     out = _made(num_tokens, NUM_HEADS, HEAD_DIM)
-    GPU.rotate_and_cache(out, query, key, value, positions, COS_SIN, *CACHES, slots, *(norms or (None, None)), 1e-6)
+    GPU.rotate_and_cache(out, query, key, value, positions, COS_SIN, cache, slots, *(norms or (None, None)), 1e-6)
 
 
 def rotate_and_cache_with_norms(num_tokens: int) -> None:
     rotate_and_cache(num_tokens, HEAD_NORM, HEAD_NORM)
+
+
+def rotate_and_quantize(num_tokens: int) -> None:
+    rotate_and_cache(num_tokens, cache=QUANTIZED_CACHE)
 
 
 def gated_linear(num_tokens: int) -> None:
@@ -147,17 +156,25 @@ def decode_attention(num_tokens: int) -> None:
     _attention([1] * 8, [num_tokens + row + 1 for row in range(8)])
 
 
+def decode_attention_over_codes(num_tokens: int) -> None:
+    _attention([1] * 8, [num_tokens + row + 1 for row in range(8)], QUANTIZED_CACHE)
+
+
+def prefill_attention_over_codes(num_tokens: int) -> None:
+    _attention([9 + num_tokens, 10, 11 + num_tokens // 2, 64], [3 * num_tokens + 64] * 4, QUANTIZED_CACHE)
+
+
 def prefill_attention(num_tokens: int) -> None:
     """Four rows in chunks that differ."""
     _attention([9 + num_tokens, 10, 11 + num_tokens // 2, 64], [3 * num_tokens + 64] * 4)
 
 
-def _attention(query_lens: list[int], seq_lens: list[int]) -> None:
+def _attention(query_lens: list[int], seq_lens: list[int], cache: KVCache = CACHE) -> None:
     num_tokens, width = sum(query_lens), max(seq_lens) // BLOCK_SIZE + 1
     tables = torch.zeros(len(seq_lens), width, dtype=torch.int32)
     metadata = AttentionMetadata.build(query_lens, seq_lens, tables, torch.full((num_tokens,), -1))
     query = _made(num_tokens, NUM_HEADS, HEAD_DIM)
-    GPU.paged_attention(torch.empty_like(query), query, *CACHES, metadata, 0.1, None, None)
+    GPU.paged_attention(torch.empty_like(query), query, cache, metadata, 0.1, None, None)
 
 
 def _logits(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -200,13 +217,16 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
         add_rms_norm,
         rotate_and_cache,
         rotate_and_cache_with_norms,
+        rotate_and_quantize,
         gated_linear,
         embedding,
         route_experts,
         mixture_of_few,
         mixture_of_many,
         decode_attention,
+        decode_attention_over_codes,
         prefill_attention,
+        prefill_attention_over_codes,
         penalties,
         greedy,
         filters,

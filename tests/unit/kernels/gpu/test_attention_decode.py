@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unit.kernels.gpu.attention_cases import UNWRITTEN, Attention, AttentionCase, Heads, assert_attends, make_case
+from unit.kernels.gpu.attention_cases import (
+    CODES,
+    UNWRITTEN,
+    Attention,
+    AttentionCase,
+    Heads,
+    assert_attends,
+    make_case,
+)
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.gpu import attention_decode
 from wavetrain_kernels.gpu.attention import paged_attention
@@ -21,6 +29,7 @@ from wavetrain_kernels.gpu.attention_decode import decode_attention
 from wavetrain_kernels.gpu.attention_decode_config import MAX_DECODE_QUERY_LEN, DecodeShape, decode_config
 from wavetrain_kernels.gpu.launch import H200, fall_back
 from wavetrain_kernels.gpu.workspace import workspace
+from wavetrain_kernels.kv_cache import KVCache
 
 # The interpreter turns arrays of one element into numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -45,8 +54,7 @@ def divided(num_programs: int, **changes: Any) -> Attention:
     def attend(
         out: Tensor,
         query: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        cache: KVCache,
         metadata: AttentionMetadata,
         scale: float,
         sliding_window: int | None,
@@ -56,14 +64,14 @@ def divided(num_programs: int, **changes: Any) -> Attention:
             metadata.num_requests,
             min(metadata.max_query_len, MAX_DECODE_QUERY_LEN),
             query.shape[1],
-            key_cache.shape[1],
+            cache.num_kv_heads,
             query.shape[2],
-            key_cache.element_size(),
+            cache.key.element_size(),
         )
         sizes = {"num_programs": num_programs, "tile_n": 32, "merge_m": 8, "merge_p": 2, **changes}
         config = dataclasses.replace(decode_config(shape, H200), **sizes)
         options = (metadata, scale, sliding_window, soft_cap)
-        attention_decode.run(out, query, key_cache, value_cache, *options, shape, config)
+        attention_decode.run(out, query, cache, *options, shape, config)
 
     return attend
 
@@ -104,6 +112,16 @@ def test_groups(num_heads, num_kv_heads, dtype, device):
 def test_blocks_of_other_sizes(block_size, device):
     case = make_case(STEPS["drafts"], torch.float32, device, Heads(block_size=block_size), sliding_window=50)
     assert_attends(case, divided(3))
+
+
+@pytest.mark.parametrize(("codes", "has_type"), CODES)
+@pytest.mark.parametrize(("head_dim", "sliding_window", "soft_cap"), [(64, None, None), (80, 40, 1.5)])
+def test_codes(head_dim, sliding_window, soft_cap, codes, has_type, dtype, device, monkeypatch):
+    if not has_type:
+        monkeypatch.setattr("wavetrain_kernels.gpu.kv_cache.device_traits", lambda _device: A100)
+    options = {"sliding_window": sliding_window, "soft_cap": soft_cap, "codes": codes}
+    heads = Heads(num_heads=4, num_kv_heads=2, head_dim=head_dim)
+    assert_attends(make_case([(1, 70), (4, 33), (0, 0), (2, 129)], dtype, device, heads, **options), divided(3))
 
 
 def test_the_launch_that_is_shipped(device):
@@ -283,17 +301,18 @@ def test_an_h200_keeps_more_than_its_latency_on_the_way():
     assert (config.num_stages - 2) * stage_bytes >= 36 * 1024  # of one program, while it computes on a stage
 
 
+@pytest.mark.parametrize("cache_bytes", [1, 2])
 @pytest.mark.parametrize("traits", [H200, A100], ids=["h200", "a100"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(32, 32), (32, 8), (28, 4), (16, 1)])
 @pytest.mark.parametrize("max_query_len", [1, 3, 8])
-def test_launches_fit(max_query_len, num_heads, num_kv_heads, head_dim, traits):
-    shape = DecodeShape(64, max_query_len, num_heads, num_kv_heads, head_dim, 2)
+def test_launches_fit(max_query_len, num_heads, num_kv_heads, head_dim, traits, cache_bytes):
+    shape = DecodeShape(64, max_query_len, num_heads, num_kv_heads, head_dim, cache_bytes)
     config = decode_config(shape, traits)
     assert config.block_m >= max(16, max_query_len * shape.group)
     assert config.num_programs * num_kv_heads <= 2 * traits.num_sms
     assert config.tile_n in (16, 32, 64, 128)
-    used_bytes = 2 * config.tile_n * config.block_d * 2 * (config.num_stages - 1)
+    used_bytes = 2 * config.tile_n * config.block_d * cache_bytes * (config.num_stages - 1)
     used_bytes += 2 * config.block_m * (config.block_d + config.tile_n)
     assert config.num_stages >= 3
     assert used_bytes <= traits.shared_bytes // (2 if config.num_warps == 4 else 1)

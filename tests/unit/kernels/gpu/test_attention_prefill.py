@@ -15,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unit.kernels.gpu.attention_cases import UNWRITTEN, AttentionCase, Heads, assert_attends, make_case
+from unit.kernels.gpu.attention_cases import CODES, UNWRITTEN, AttentionCase, Heads, assert_attends, make_case
 from wavetrain_kernels.gpu import attention_prefill
 from wavetrain_kernels.gpu.attention_prefill import prefill_attention
 from wavetrain_kernels.gpu.attention_prefill_config import PrefillConfig, PrefillShape, prefill_config, shared_bytes
 from wavetrain_kernels.gpu.launch import H200, KIB, DeviceTraits
+from wavetrain_kernels.kv_cache import KVCache
 
 # The interpreter turns arrays of one element into numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -166,7 +167,7 @@ def test_blocks_before_the_window_are_not_read(config, device, use):
     expected = case.expected()
     first_seen = (70 - 6 - 18 + 1) // 16
     for block in case.metadata.block_tables[0, :first_seen].tolist():
-        case.key_cache[block] = case.value_cache[block] = float("nan")
+        case.cache.key[block] = case.cache.value[block] = float("nan")
     case.metadata.block_tables[0, :first_seen] = 10**9  # an address outside the cache
     torch.testing.assert_close(case.attend(prefill_attention).float().cpu(), expected, atol=3e-3, rtol=3e-3)
 
@@ -179,7 +180,7 @@ def test_a_row_of_nan_stays_alone(config, device, use):
     case = make_case([(20, 30), (20, 30), (20, 30)], torch.float16, device)
     clean = case.attend(prefill_attention)
     for block in case.metadata.block_tables[1, :2].tolist():
-        case.key_cache[block] = case.value_cache[block] = float("nan")
+        case.cache.key[block] = case.cache.value[block] = float("nan")
     result = case.attend(prefill_attention)
     assert result[20:40].isnan().all()
     assert torch.equal(result[:20], clean[:20])
@@ -191,15 +192,27 @@ def test_large_scores_do_not_overflow(device, use):
     use(SKEWED)
     case = make_case([(20, 50)], torch.float32, device)
     loud = AttentionCase(
-        case.query * 1e3, case.key_cache * 1e3, case.value_cache, case.metadata, case.scale, None, None
+        case.query * 1e3, KVCache(case.cache.key * 1e3, case.cache.value), case.metadata, case.scale, None, None
     )
     # Rounding alone moves such scores by more than a softmax forgives, so there is nothing to compare.
     assert loud.attend(prefill_attention).isfinite().all()
     assert dataclasses.replace(loud, soft_cap=30.0).attend(prefill_attention).isfinite().all()
 
 
+@pytest.mark.parametrize("config", [SKEWED, IN_STEP], ids=["skewed", "in step"])
+@pytest.mark.parametrize(("codes", "has_type"), CODES)
+def test_codes(codes, has_type, config, dtype, device, use, monkeypatch):
+    use(config)
+    if not has_type:
+        monkeypatch.setattr("wavetrain_kernels.gpu.kv_cache.device_traits", lambda _device: A100)
+    for options in ({}, {"sliding_window": 18, "soft_cap": 1.5}):
+        case = make_case([(37, 37), (7, 60), (3, 3)], dtype, device, codes=codes, **options)
+        assert_attends(case, prefill_attention)
+
+
 SHAPES = [
-    PrefillShape(group * 8, 8, head_dim, block_size, element_bytes)
+    PrefillShape(group * 8, 8, head_dim, block_size, element_bytes, is_quantized)
+    for is_quantized in (False, True)
     for group in (1, 4, 7, 71, 200)
     for head_dim in (64, 80, 96, 128, 256)
     for block_size in (16, 32, 128)
