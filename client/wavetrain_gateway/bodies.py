@@ -136,7 +136,9 @@ _ONLY_AS_FAR = {
 
 
 def _invalid(error: ValidationError, fields: Mapping[str, Any]) -> InvalidRequest:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of several forms that a field may have, what is said of ours is more to the point than what of text is.
+    first = next((item for item in errors[:_MAX_FIELDS] if item["type"] == "value_error"), errors[0])
     place = [str(part)[:_MAX_SHOWN_CHARS] for part in first["loc"]]
     name = place[0] if place else None
     if first["type"] == "missing" and len(place) == 1:

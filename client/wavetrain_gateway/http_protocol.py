@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""uvicorn's HTTP protocol with what it leaves out: bounds on headers, in bytes and in time; dropping a connection."""
+"""uvicorn's protocols with what it leaves out: bounds on headers, in bytes and in time; dropping a connection."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import json
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from wavetrain_gateway.settings import CapSettings, ListenSettings
+
+_LAST_WORDS_S = 5.0
 
 
 class _HeadersTooLarge(Exception):
@@ -80,6 +83,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+
+class BoundedSocketProtocol(WebSocketsSansIOProtocol):
+    """A WebSocket connection that ends, also where the peer takes nothing: uvicorn's own waits for it."""
+
+    async def run_asgi(self) -> None:
+        """Serves the connection, and drops it when its last words were not taken."""
+        await super().run_asgi()
+        self.loop.call_later(_LAST_WORDS_S, self.transport.abort)
 
 
 def bounded_protocol(caps: CapSettings, listen: ListenSettings) -> type[BoundedProtocol]:

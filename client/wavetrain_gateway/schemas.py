@@ -47,7 +47,7 @@ class SamplingFields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     max_sizes: ClassVar[dict[str, int]] = {
-        "logit_bias": 65_536,
+        "logit_bias": 4096,
         "stop": 64,
         "stop_token_ids": 1024,
         "bad_words": 1024,

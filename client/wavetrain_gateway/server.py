@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 
 from wavetrain_gateway.app import GatewayApp, with_cors
-from wavetrain_gateway.http_protocol import bounded_protocol
+from wavetrain_gateway.http_protocol import BoundedSocketProtocol, bounded_protocol
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_WORDS_S = 2.0
@@ -45,9 +45,10 @@ class GatewayServer:
             uvicorn.Config(
                 with_cors(app),
                 http=bounded_protocol(settings.caps, settings.listen),
-                ws="websockets-sansio",
+                ws=BoundedSocketProtocol,
+                # Deflating events of a few bytes costs more than it saves, and each connection a window of memory.
+                ws_per_message_deflate=False,
                 ws_max_size=settings.caps.max_body_bytes,
-                ws_max_queue=16,
                 ws_ping_interval=20.0,
                 ws_ping_timeout=20.0,
                 lifespan="on",

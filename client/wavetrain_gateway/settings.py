@@ -65,7 +65,7 @@ class CapSettings(Section):
     max_running_prompts: _Count = 32
     max_stop_strings: int = Field(default=16, ge=1, le=64)
     max_stop_chars: int = Field(default=256, ge=1, le=1024)
-    max_logit_biases: int = Field(default=1024, ge=1, le=65536)
+    max_logit_biases: int = Field(default=1024, ge=1, le=4096)
     max_top_logprobs: int = Field(default=20, ge=0, le=100)
     max_messages: _Count = 2048
     max_output_tokens: int = Field(default=131_072, ge=1, le=2**31 - 1)
