@@ -103,6 +103,9 @@ _TRITON_PHRASES: tuple[tuple[str, str], ...] = (
     ("is not healthy", "dead"),
 )
 
+# What gRPC itself says, with status INTERNAL or UNKNOWN, when the other end of a connection dies at the wrong moment.
+_LOST_CONNECTION = ("Internal error from Core", "RST_STREAM", "Stream removed", "Socket closed", "GOAWAY")
+
 # The Triton server puts these in front of a model's message, in an ensemble and where it refuses a request itself.
 _PREFIX = re.compile(r"^(?:\[request id: [^\]]*\] |in ensemble '[^']*', )+")
 _WORD = re.compile(r"^([a-z_]+): ?(.*)$", re.DOTALL)
@@ -141,7 +144,7 @@ def error_from_status(code: str, details: str, *, url: str, has_started: bool) -
         return DeadlineExceeded("the request was not finished within its timeout_s; give it more time, or ask for less")
     if has_started:
         return StreamBroken(f"the stream from {url} broke before the request was finished ({code.lower()}: {details})")
-    if code == "UNAVAILABLE":
+    if code == "UNAVAILABLE" or (code in {"INTERNAL", "UNKNOWN"} and any(word in details for word in _LOST_CONNECTION)):
         return ConnectionFailed(
             f"no Triton server answers at {url} ({details}); is it started, and is this its gRPC port?"
         )

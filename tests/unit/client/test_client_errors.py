@@ -57,6 +57,10 @@ def test_the_first_word_decides_the_class(message, kind, word, text):
 @pytest.mark.parametrize(
     ("code", "details", "has_started", "kind"),
     [
+        ("INTERNAL", "Internal error from Core", False, ConnectionFailed),
+        ("INTERNAL", "Received RST_STREAM with error code 2", False, ConnectionFailed),
+        ("INTERNAL", "Internal error from Core", True, StreamBroken),
+        ("INTERNAL", "Stub process 'llm_0_0' crashed", False, ServerFailed),
         ("UNAVAILABLE", "connection refused", False, ConnectionFailed),
         ("UNAVAILABLE", "connection reset", True, StreamBroken),
         ("UNAVAILABLE", "busy: the queue is full", False, ServerBusy),
