@@ -84,7 +84,7 @@ class SocketRequest:
 
     def detach(self, wake: Callable[[], None]) -> None:
         """Takes the reader away, if it is this one; without another for a while the request ends."""
-        if self._reader is not wake:
+        if self._reader != wake:
             return
         self._reader = None
         self._has_room.set()
