@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -124,3 +124,35 @@ class Logger:
         pass
 
     log_warn = log_error = log_info
+
+
+class Metric:
+    """A number of a MetricFamily."""
+
+    def __init__(self, kind: int) -> None:
+        self._kind, self._value = kind, 0.0
+
+    def increment(self, value: float) -> None:
+        assert self._kind == MetricFamily.GAUGE or value >= 0, "the real one refuses a counter that falls"
+        self._value += value
+
+    def set(self, value: float) -> None:
+        assert self._kind == MetricFamily.GAUGE, "the real one sets gauges only"
+        self._value = value
+
+    def value(self) -> float:
+        return self._value
+
+
+class MetricFamily:
+    """Keeps what it made: `page` shows it as name, labels, value."""
+
+    COUNTER, GAUGE, HISTOGRAM = range(3)
+    page: ClassVar[dict[tuple[str, frozenset[tuple[str, str]]], Metric]] = {}
+
+    def __init__(self, name: str, description: str, kind: int) -> None:
+        self._name, self._kind = name, kind
+
+    def Metric(self, labels: dict[str, str]) -> Metric:  # noqa: N802 - the real one's name
+        metric = self.page[self._name, frozenset(labels.items())] = Metric(self._kind)
+        return metric

@@ -37,6 +37,7 @@ class RunningServer:
     log_path: Path
     http_port: int
     grpc_port: int
+    metrics_port: int
 
     @property
     def grpc_url(self) -> str:
@@ -93,7 +94,7 @@ def start_server(repository: Path, work_dir: Path) -> Iterator[RunningServer]:
         process = subprocess.Popen(
             command_line(found, options), env=server_environment(found, os.environ), stdout=log, stderr=log
         )
-    server = RunningServer(process, repository, log_path, http_port, grpc_port)
+    server = RunningServer(process, repository, log_path, http_port, grpc_port, metrics_port)
     try:
         _wait_until_ready(server)
         yield server

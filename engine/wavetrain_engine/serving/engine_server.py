@@ -7,10 +7,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
+
 from wavetrain_engine.errors import RequestError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.serving.contracts import DETOKENIZER_SPAN, ENGINE, NEVER_MAPPED_OUTPUT
+from wavetrain_engine.serving.engine_metrics import EngineMetrics
 from wavetrain_engine.serving.engine_writer import EngineWriter
 from wavetrain_engine.serving.generating_model import GeneratingModel
 from wavetrain_engine.serving.generation import Generation
@@ -39,11 +42,20 @@ class EngineServer(GeneratingModel):
 
     _tokenizer: Tokenizer | None = None
     _facts: EngineFacts
+    _metrics: EngineMetrics | None = None
 
     def start(self, files: ModelFiles) -> None:
         """Attaches to the core. The tokenizer serves stop words and the ensemble's detokenizer."""
         self._tokenizer = files.load_tokenizer()
         self._facts = self.attach(files)
+        # Of the models that share a core one tells of it: the one that has tensorrtllm_backend's part.
+        self._metrics = _metrics(self.generation, self._facts, files.model_name)
+
+    def finalize(self) -> None:
+        """Ends the model, and the core if no other model needs it."""
+        if self._metrics is not None:
+            self._metrics.close(timeout_s=1.0)
+        super().finalize()
 
     def start_request(self, request: Any, generation: Generation) -> None:
         """Reads the request's tensors and starts its sequences."""
@@ -116,6 +128,14 @@ def _pad_id(tensors: RequestTensors, row: int, vocab_size: int) -> int:
     if not -1 <= pad_id < vocab_size:
         raise RequestError(f"pad_id must be a token id below {vocab_size}, or -1, got {pad_id}")
     return pad_id
+
+
+def _metrics(generation: Generation, facts: EngineFacts, model: str) -> EngineMetrics | None:
+    try:
+        return EngineMetrics(generation.read_stats, facts, model=model)
+    except pb_utils.TritonModelException as error:  # a server with --allow-metrics=false
+        _LOGGER.warning("the engine's metrics are not published: %s", error)
+        return None
 
 
 def _check_rows(rows: Sequence[RowInputs]) -> None:

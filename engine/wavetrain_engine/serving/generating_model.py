@@ -36,6 +36,12 @@ class GeneratingModel(TritonModel):
         )
         return self._generation.start()
 
+    @property
+    def generation(self) -> Generation:
+        """The core's requests; only after `attach`."""
+        assert self._generation is not None, "attach comes first"
+        return self._generation
+
     def is_ready(self) -> bool:
         """Triton's readiness hook (servers since 2026; older ones do not ask)."""
         return self._generation is not None and self._generation.is_ready

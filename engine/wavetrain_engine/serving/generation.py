@@ -22,6 +22,7 @@ from wavetrain_engine.serving.live_request import LiveRequest, LiveSequence, Res
 from wavetrain_engine.serving.request_parameters import RequestParameters
 from wavetrain_engine.serving.responses import Sender
 from wavetrain_engine.serving.row_inputs import RowOptions
+from wavetrain_engine.stats import EngineStats
 from wavetrain_engine.text.text_stream import TextStream
 from wavetrain_engine.text.tokenizer import Tokenizer
 
@@ -58,6 +59,10 @@ class Generation:
     def is_ready(self) -> bool:
         """Whether requests are taken now."""
         return self._client.is_alive
+
+    def read_stats(self) -> EngineStats:
+        """Asks the core for its counters. Raises what CoreClient.read_stats raises."""
+        return self._client.read_stats()
 
     def sequences(
         self,

@@ -35,6 +35,7 @@ class FakeFiles:
 
     def __init__(self, tokenizer: Tokenizer, client: FakeCoreClient, **flags: Any) -> None:
         self._tokenizer, self._client = tokenizer, client
+        self.model_name = "tried"
         self.config = EngineConfig.from_flags(flags)
 
     def load_tokenizer(self) -> Tokenizer:
