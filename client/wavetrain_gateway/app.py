@@ -58,8 +58,7 @@ class GatewayApp:
                 self.services.log.upstream_failure(failure, exchange.request_id)
             await exchange.answer_error(failure)
         finally:
-            self.services.metrics.count(exchange)
-            self.services.log.request(exchange)
+            self.services.note_end(exchange)
 
     async def _serve_socket(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == SOCKET_PATH:
@@ -109,6 +108,8 @@ class GatewayApp:
         await self.services.upstream.close()
         await self.services.admission.close()
         await self.services.cache.close()
+        # Sending what is left of the traces may take a while, and nobody is answered any more.
+        await asyncio.to_thread(self.services.tracer.close)
 
 
 def with_cors(app: GatewayApp) -> Any:

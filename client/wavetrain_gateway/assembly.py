@@ -16,6 +16,7 @@ from wavetrain_gateway.routing.admin import AdminApi
 from wavetrain_gateway.routing.routed_upstream import RoutedUpstream, make_upstream
 from wavetrain_gateway.services import Services
 from wavetrain_gateway.settings import CacheSettings, GatewaySettings
+from wavetrain_gateway.tracing import NoTracer, OtelTracer
 from wavetrain_gateway.upstream import Upstream
 
 
@@ -36,15 +37,18 @@ def build_gateway(
         OSError: a file that the settings name cannot be read.
         ValueError: a file, an address or a key is wrong; the message says which.
     """
-    log = RequestLog(settings.log)
+    log, metrics = RequestLog(settings.log), GatewayMetrics()
     services = Services(
         settings=settings,
         upstream=upstream or make_upstream(settings.routing, upstreams=settings.upstreams, model=settings.model),
         admission=admission or make_admission(settings.keys, api_keys),
         lifecycle=Lifecycle(),
-        metrics=GatewayMetrics(),
-        cache=ResponseCache(settings.cache, _answer_store(settings.cache), log.cache_failure),
+        metrics=metrics,
+        cache=ResponseCache(
+            settings.cache, _answer_store(settings.cache), on_lookup=metrics.count_cache, on_failure=log.cache_failure
+        ),
         log=log,
+        tracer=NoTracer() if settings.trace.otlp_endpoint is None else OtelTracer(settings.trace),
     )
     return GatewayApp(services)
 
@@ -64,4 +68,9 @@ def build_admin(app: GatewayApp, key: str) -> Starlette:
 def _answer_store(settings: CacheSettings) -> AnswerStore | None:
     if not settings.is_enabled:
         return None
+    if settings.redis_url is not None:
+        # Most go without, and its client takes longer to import than all the rest.
+        from wavetrain_gateway.redis_store import RedisStore
+
+        return RedisStore(settings.redis_url, ttl_s=settings.ttl_s)
     return MemoryStore(ttl_s=settings.ttl_s, max_bytes=settings.max_bytes)

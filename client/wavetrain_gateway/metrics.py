@@ -77,7 +77,7 @@ class GatewayMetrics:
         if record.stats is not None:
             self._count_tokens(record, record.stats, exchange.caller.name)
 
-    def count_cache(self, *, is_hit: bool) -> None:
+    def count_cache(self, is_hit: bool) -> None:
         """Counts a lookup in the response cache."""
         self._cache.labels("hit" if is_hit else "miss").inc()
 

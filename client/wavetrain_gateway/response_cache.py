@@ -101,14 +101,21 @@ class ResponseCache:
 
     Args:
         store: None: there is no cache.
+        on_lookup: told of every lookup, whether it found something.
         on_failure: told of what goes wrong in the store.
     """
 
     def __init__(
-        self, settings: CacheSettings, store: AnswerStore | None, on_failure: Callable[[BaseException], None]
+        self,
+        settings: CacheSettings,
+        store: AnswerStore | None,
+        *,
+        on_lookup: Callable[[bool], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self._settings = settings
         self._store = store
+        self._on_lookup = on_lookup
         self._on_failure = on_failure
 
     def may_keep(self, plan: Plan) -> bool:
@@ -121,10 +128,12 @@ class ResponseCache:
             return None
         try:
             value = await asyncio.wait_for(self._store.get(self._key(plan, caller)), _STORE_TIMEOUT_S)
-            return None if value is None else CachedAnswer(json.loads(value))
+            found = None if value is None else CachedAnswer(json.loads(value))
         except Exception as error:  # a store is someone else's process: whatever it does is a miss
             self._on_failure(error)
-            return None
+            found = None
+        self._on_lookup(found is not None)
+        return found
 
     async def keep(self, plan: Plan, caller: Caller, body: dict[str, Any]) -> None:
         """Keeps an answer, where it is whole and not too large."""

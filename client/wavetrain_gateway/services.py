@@ -6,11 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wavetrain_gateway.admission import Admission
+from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.lifecycle import Lifecycle
 from wavetrain_gateway.metrics import GatewayMetrics
 from wavetrain_gateway.request_log import RequestLog
 from wavetrain_gateway.response_cache import ResponseCache
 from wavetrain_gateway.settings import GatewaySettings
+from wavetrain_gateway.tracing import Tracer
 from wavetrain_gateway.upstream import Upstream
 
 
@@ -25,3 +27,10 @@ class Services:
     metrics: GatewayMetrics
     cache: ResponseCache
     log: RequestLog
+    tracer: Tracer
+
+    def note_end(self, exchange: Exchange) -> None:
+        """Tells metrics, log and traces of a request that has ended."""
+        self.metrics.count(exchange)
+        self.log.request(exchange)
+        self.tracer.record(exchange)

@@ -130,8 +130,7 @@ class SocketRequest:
             exchange.record.error_code = failure.code or failure.type
             self._add("error", "error", json.dumps(failure.body(exchange.request_id)["error"]))
         finally:
-            self._services.metrics.count(exchange)
-            self._services.log.request(exchange)
+            self._services.note_end(exchange)
             self._end()
 
     async def _generate(self) -> None:

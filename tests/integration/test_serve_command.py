@@ -32,10 +32,11 @@ class Served:
     """A running `wavetrain serve`."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        self.http_port, grpc_port, metrics_port = free_ports(3)
+        self.http_port, grpc_port, metrics_port, self.gateway_port = free_ports(4)
         self.output, self.errors = folder / "stdout", folder / "stderr"
         self.http = httpx.Client(verify=False, timeout=START_TIMEOUT_S)  # without TLS: its set-up alone takes 30 ms
         ports = [f"--http-port={self.http_port}", f"--grpc-port={grpc_port}", f"--metrics-port={metrics_port}"]
+        ports.append(f"--gateway-port={self.gateway_port}")
         with self.output.open("w") as stdout, self.errors.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "wavetrain_cli.main", "serve", *ports, *arguments],
@@ -62,6 +63,19 @@ class Served:
 
     def core(self) -> psutil.Process:
         return next(item for item in self.processes() if "wavetrain_engine.core_process" in item.cmdline())
+
+    def gateway(self) -> psutil.Process:
+        return next(item for item in self.processes() if "gateway" in item.cmdline())
+
+    def complete(self) -> httpx.Response:
+        body = {"model": "demo", "prompt": "def f(", "max_tokens": 4}
+        return self.http.post(f"http://127.0.0.1:{self.gateway_port}/v1/completions", json=body)
+
+    def is_gateway_ready(self) -> bool:
+        try:
+            return self.http.get(f"http://127.0.0.1:{self.gateway_port}/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def is_ready(self) -> bool:
         try:
@@ -161,7 +175,8 @@ def wait_for_refusal(running: Served) -> str:
 def test_a_killed_server_is_back_within_30_s_without_its_old_core(serve: Callable[..., Served]) -> None:
     running = serve()
     running.wait_until_ready()
-    server, core = running.server(), running.core()
+    server, core, gateway = running.server(), running.core(), running.gateway()
+    assert running.complete().json()["choices"][0]["text"]
     server.kill()
     wait_for(lambda: "the server is back" in running.errors.read_text(), timeout_s=30)
     assert running.is_ready()
@@ -171,10 +186,17 @@ def test_a_killed_server_is_back_within_30_s_without_its_old_core(serve: Callabl
     assert len(cores) == 1
     assert "SIGKILL" in running.errors.read_text()
     assert running.generate(max_tokens=4).status_code == 200
+    # The gateway has stayed, and finds the new server.
+    wait_for(lambda: running.complete().status_code == 200)
+    assert running.gateway().pid == gateway.pid
+    gateway.kill()
+    wait_for(lambda: "the gateway ended" in running.errors.read_text())
+    wait_for(lambda: running.is_gateway_ready())
 
     running.process.send_signal(signal.SIGTERM)
     assert running.process.wait(START_TIMEOUT_S) == 0
     assert not is_alive(cores[0])
+    assert not running.is_gateway_ready()
 
 
 def test_nothing_survives_a_killed_command(serve: Callable[..., Served]) -> None:

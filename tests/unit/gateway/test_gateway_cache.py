@@ -88,6 +88,29 @@ async def test_failures_are_not_kept():
             assert (answer.status_code, answer.headers["x-wavetrain-cache"]) == (500, "miss")
 
 
+class Broken:
+    """A store that is not there."""
+
+    async def get(self, key: str) -> bytes | None:
+        raise ConnectionError("gone")
+
+    async def set(self, key: str, value: bytes) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_a_store_that_fails_is_a_miss():
+    failures: list[BaseException] = []
+    async with serve_gateway(cache=_CACHE) as gateway:
+        cache = gateway.app.services.cache
+        cache._store, cache._on_failure = Broken(), failures.append
+        answer = await gateway.complete(temperature=0)
+        assert (answer.status_code, answer.headers["x-wavetrain-cache"]) == (200, "miss")
+    assert [type(failure) for failure in failures] == [ConnectionError, asyncio.TimeoutError]
+
+
 async def test_answers_expire():
     now_s = 0.0
     store = MemoryStore(ttl_s=10, max_bytes=1000, clock=lambda: now_s)
