@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fakes.triton_calls import generate
+from fakes.triton_calls import post
 from fakes.triton_server import RunningServer
 
 pytestmark = pytest.mark.server
@@ -34,7 +34,7 @@ def number(page: dict[tuple[str, frozenset[tuple[str, str]]], float], name: str,
 def test_a_request_moves_the_engine_s_numbers(triton_server: RunningServer) -> None:
     name = "wavetrain_generation_tokens_total"
     before = number(read_page(triton_server), name, model="engine")
-    generate(triton_server, "llm", {"text_input": "import os", "max_tokens": 7, "sampling_parameters": "{}"})
+    post(f"{triton_server.http_url}/v2/models/llm/generate", {"text_input": "import os", "max_tokens": 7})
     deadline_s = time.monotonic() + 30
     while number(page := read_page(triton_server), name) < before + 1:
         assert time.monotonic() < deadline_s
