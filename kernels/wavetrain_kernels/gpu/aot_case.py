@@ -23,7 +23,6 @@ class AotCase:
         num_warps, num_stages, maxnreg: as at the launch.
         is_decode: runs in every decode step, so it must not spill registers.
         expects_wgmma: on sm_90 its matrix products must be warp-group instructions.
-        archs: the architectures that it is launched on; empty: all.
         archs: the only architectures that are given it; None: all.
     """
 
@@ -36,5 +35,4 @@ class AotCase:
     is_decode: bool = False
     expects_wgmma: bool = False
     maxnreg: int | None = None
-    archs: tuple[str, ...] = ()
     archs: tuple[str, ...] | None = None

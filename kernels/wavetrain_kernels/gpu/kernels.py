@@ -24,6 +24,7 @@ from wavetrain_kernels.gpu import (
     moe_routing,
     norm,
     penalties,
+    quantized_linear,
     rotary,
 )
 from wavetrain_kernels.gpu.launch import count_compilations
@@ -46,6 +47,9 @@ GPU = dataclasses.replace(
     embedding=embedding.embedding,
     linear=linear.linear,
     gated_linear=linear.gated_linear,
+    pack_quantized=quantized_linear.pack_quantized,
+    quantized_linear=quantized_linear.quantized_linear,
+    quantized_gated_linear=quantized_linear.quantized_gated_linear,
     route_experts=moe_routing.route_experts,
     fused_moe=moe.fused_moe,
     apply_penalties=penalties.apply_penalties,

@@ -78,13 +78,13 @@ def test_the_command_compiles_and_says_what_it_found(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_kernel_is_fit_for_every_architecture(tmp_path):
-    """Some 900 compiles: two or three minutes on two cores that have nothing else to do."""
+    """Some 1,100 compiles: three or four minutes on two cores that have nothing else to do."""
     done = run("-m", "wavetrain_kernels.aot", "--json", "--cache-dir", tmp_path)
     results = [json.loads(line) for line in done.stdout.splitlines()]
     unfit = {f"{result['arch']} {result['name']}": result["problems"] for result in results if result["problems"]}
     assert (done.returncode, unfit) == (0, {}), done.stderr[-500:]
     cases = aot.all_cases()
-    assert len(results) == len(cases) * len(aot.SHARED_LIMITS)
+    assert len(results) == sum(len(case.archs or aot.SHARED_LIMITS) for case in cases.values())
     assert any(case.expects_wgmma for case in cases.values())
     assert any(case.is_decode for case in cases.values())
 
