@@ -82,7 +82,8 @@ class CompressedFormat:
 
     def tensors(self, rows: int, columns: int) -> dict[str, TensorSpec]:
         """Returns what the weight is stored in."""
-        self._check_sizes(columns)
+        if self.group_size is not None and self.group_size < columns and columns % self.group_size:
+            raise CheckpointError(f"{columns} inputs are not a multiple of the group size {self.group_size}")
         scales = self.scale_shapes(rows, columns)
         specs = {"weight_scale": TensorSpec.of(FLOAT_DTYPES, *scales)}
         if self.is_packed:
@@ -97,11 +98,6 @@ class CompressedFormat:
             specs["input_scale"] = TensorSpec.of(FLOAT_DTYPES, (1,), ())
             specs["input_zero_point"] = TensorSpec.of(("I8", "F8_E4M3", *FLOAT_DTYPES), (1,), (), is_optional=True)
         return specs
-
-    def _check_sizes(self, columns: int) -> None:
-        group = self.group_size if self.block is None else self.block[1]
-        if group is not None and group < columns and columns % group:
-            raise CheckpointError(f"{columns} inputs are not a multiple of the group size {group}")
 
     def _zero_points(self, rows: int, columns: int, scales: tuple[tuple[int, ...], ...]) -> TensorSpec:
         # Of symmetric weights some versions stored them nevertheless; they must be 0 then.
