@@ -18,6 +18,7 @@ from wavetrain_gateway.bodies import ClientGone
 from wavetrain_gateway.errors import GatewayError
 from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.generation import as_gateway_error
+from wavetrain_gateway.host_names import check_host
 from wavetrain_gateway.routes import ROUTES, RouteSpec, RouteTable
 from wavetrain_gateway.services import Services
 from wavetrain_gateway.stream_socket import StreamSockets
@@ -69,6 +70,7 @@ class GatewayApp:
 
     async def _handle(self, exchange: Exchange) -> None:
         exchange.take_request_id()
+        check_host(exchange.headers.get("host", ""), self.services.allowed_hosts)
         try:
             spec = self._table.find(exchange.scope)
         except GatewayError:

@@ -7,9 +7,11 @@ from starlette.applications import Starlette
 
 from wavetrain_gateway.admission import Admission
 from wavetrain_gateway.app import GatewayApp
+from wavetrain_gateway.host_names import loopback_hosts
 from wavetrain_gateway.lifecycle import Lifecycle
 from wavetrain_gateway.limits.assembly import make_admission
 from wavetrain_gateway.metrics import GatewayMetrics
+from wavetrain_gateway.replica_metrics import ReplicaCollector
 from wavetrain_gateway.request_log import RequestLog
 from wavetrain_gateway.response_cache import AnswerStore, MemoryStore, ResponseCache
 from wavetrain_gateway.routing.admin import AdminApi
@@ -38,9 +40,14 @@ def build_gateway(
         ValueError: a file, an address or a key is wrong; the message says which.
     """
     log, metrics = RequestLog(settings.log), GatewayMetrics()
+    if upstream is None:
+        routed = make_upstream(settings.routing, upstreams=settings.upstreams, model=settings.model)
+        metrics.registry.register(ReplicaCollector(routed.router.replicas))
+        upstream = routed
+    has_keys = admission is not None or settings.keys.file is not None or api_keys is not None
     services = Services(
         settings=settings,
-        upstream=upstream or make_upstream(settings.routing, upstreams=settings.upstreams, model=settings.model),
+        upstream=upstream,
         admission=admission or make_admission(settings.keys, api_keys),
         lifecycle=Lifecycle(),
         metrics=metrics,
@@ -48,6 +55,7 @@ def build_gateway(
             settings.cache, _answer_store(settings.cache), on_lookup=metrics.count_cache, on_failure=log.cache_failure
         ),
         log=log,
+        allowed_hosts=None if has_keys else loopback_hosts(settings.listen),
         tracer=NoTracer() if settings.trace.otlp_endpoint is None else OtelTracer(settings.trace),
     )
     return GatewayApp(services)

@@ -16,7 +16,11 @@ from wavetrain_gateway.services import Services
 if TYPE_CHECKING:
     from wavetrain_gateway.routes import RouteSpec
 
-_EVERYWHERE = {400: "the request is wrong; error.param names the field", 500: "the gateway or the engine failed"}
+_EVERYWHERE = {
+    400: "the request is wrong; error.param names the field",
+    403: "the key, or the name the gateway was called by, is not allowed",
+    500: "the gateway or the engine failed",
+}
 _WITH_KEY = {401: "no key, or none that is known", 429: "a limit is reached, or the engine is full; see retry-after"}
 _ERROR = {
     "type": "object",

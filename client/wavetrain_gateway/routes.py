@@ -54,7 +54,6 @@ def _document() -> bytes:
 
 
 _GENERATION = {
-    403: "the key may not use the model",
     404: "there is no such model",
     408: "the body came too slowly",
     409: "a request of this x-request-id is running",

@@ -18,7 +18,7 @@ from wavetrain_gateway.upstream import Upstream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """One gateway's parts."""
+    """One gateway's parts; `allowed_hosts` as `host_names` has it."""
 
     settings: GatewaySettings
     upstream: Upstream
@@ -28,6 +28,7 @@ class Services:
     cache: ResponseCache
     log: RequestLog
     tracer: Tracer
+    allowed_hosts: frozenset[str] | None = None
 
     def note_end(self, exchange: Exchange) -> None:
         """Tells metrics, log and traces of a request that has ended."""

@@ -35,6 +35,7 @@ class ListenSettings(Section):
         keep_alive_s: how long a connection may wait for its next request.
         drain_timeout_s: after SIGTERM, how long running requests may go on.
         allowed_origins: web origins whose pages may call the API (CORS); none by default.
+        allowed_hosts: names beside loopback's own that a gateway on loopback without keys answers to.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +44,7 @@ class ListenSettings(Section):
     keep_alive_s: _Seconds = 75.0
     drain_timeout_s: float = Field(default=30.0, ge=0, le=86_400)
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
 
 
 class CapSettings(Section):

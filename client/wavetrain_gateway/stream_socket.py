@@ -28,6 +28,7 @@ from wavetrain_gateway.errors import (
     Unavailable,
 )
 from wavetrain_gateway.exchange import Exchange
+from wavetrain_gateway.host_names import check_host
 from wavetrain_gateway.plan import Plan, plan_chat, plan_completion
 from wavetrain_gateway.schemas import ChatRequest, CompletionRequest
 from wavetrain_gateway.services import Services
@@ -54,6 +55,7 @@ class StreamSockets:
         headers = _headers_of(socket)
         exchange = Exchange(scope, receive, send)
         try:
+            check_host(headers.get("host", ""), self._services.allowed_hosts)
             self._check_origin(headers)
             caller = self._services.admission.authenticate(headers, exchange.client_host)
             if self._services.lifecycle.is_draining:

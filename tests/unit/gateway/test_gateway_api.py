@@ -340,6 +340,32 @@ async def test_the_request_id_is_the_callers_own():
             assert (await gateway.http.get("/livez", headers={"x-request-id": wrong})).status_code == 400
 
 
+async def test_without_keys_only_loopbacks_names_are_answered():
+    async with serve_gateway(listen={"allowed_hosts": ["mine.example"]}) as gateway:
+        for host, status in (
+            ("localhost:9000", 200),
+            ("[::1]:9000", 200),
+            ("mine.example", 200),
+            ("evil.example", 403),
+            ("evil.example:9000", 403),
+            ("[", 403),
+        ):
+            answer = await gateway.http.get("/v1/models", headers={"host": host})
+            assert answer.status_code == status, host
+
+
+async def test_metrics_tell_of_replicas_and_no_model_that_callers_made_up():
+    async with serve_gateway() as gateway:
+        await gateway.complete()
+        for number in range(20):
+            await gateway.complete(model=f"made-up-{number}")
+        text = (await gateway.http.get("/metrics")).text
+        assert "made-up" not in text
+        labels = f'key="anonymous",model="{MODEL}",replica="{gateway.fake.url}"'
+        assert f"wavetrain_gateway_generation_tokens_total{{{labels}}} 3.0" in text
+        assert f'wavetrain_gateway_replica_healthy{{model="{MODEL}"' in text
+
+
 async def test_salt_priority_and_time_limit_reach_the_replica():
     async with serve_gateway() as gateway:
         body = {"model": MODEL, "prompt": "x", "priority": 3, "cache_salt": "s"}
