@@ -24,6 +24,8 @@ class InstructionSet:
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+# All cores with bf16 products have these, but for those of one generation (Cooper Lake), which get the level below.
+_AVX512_BF16 = (*_AVX512, "avx512_vnni", "avx512vbmi", "avx512_bf16")
 
 
 def _level(name: str, *flags: str) -> InstructionSet:
@@ -34,8 +36,8 @@ def _level(name: str, *flags: str) -> InstructionSet:
 
 # Best first.
 LEVELS = (
-    _level("amx", *_AVX2, *_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
-    _level("avx512_bf16", *_AVX2, *_AVX512, "avx512_bf16"),
+    _level("amx", *_AVX2, *_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
+    _level("avx512_bf16", *_AVX2, *_AVX512_BF16),
     _level("avx512", *_AVX2, *_AVX512),
     _level("avx2", *_AVX2),
 )

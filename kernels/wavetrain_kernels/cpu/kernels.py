@@ -20,6 +20,7 @@ from wavetrain_kernels.cpu.memory import huge_zeros
 from wavetrain_kernels.cpu.moe import MoeKernels
 from wavetrain_kernels.cpu.norm import NormKernels
 from wavetrain_kernels.cpu.program import CpuProgram
+from wavetrain_kernels.cpu.quantized_linear import QuantizedLinearKernels
 from wavetrain_kernels.cpu.rotary import RotaryKernels
 from wavetrain_kernels.cpu.sampling import SamplingKernels
 from wavetrain_kernels.errors import BuildError
@@ -64,6 +65,7 @@ def kernels_of(path: Path) -> KernelSet:
     library = Library(path)
     linear, norm, sampling = LinearKernels(library), NormKernels(library), SamplingKernels(library)
     embedding, moe = EmbeddingKernels(library), MoeKernels(library)
+    quantized = QuantizedLinearKernels(library)
     return dataclasses.replace(
         REFERENCE,
         name="cpu",
@@ -78,6 +80,9 @@ def kernels_of(path: Path) -> KernelSet:
         select_rows=embedding.select_rows,
         linear=linear.linear,
         gated_linear=linear.gated_linear,
+        pack_quantized=quantized.pack_quantized,
+        quantized_linear=quantized.quantized_linear,
+        quantized_gated_linear=quantized.quantized_gated_linear,
         empty_experts=moe.empty_experts,
         pack_expert=moe.pack_expert,
         route_experts=moe.route_experts,

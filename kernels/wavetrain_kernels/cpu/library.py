@@ -30,6 +30,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "embedding": (*[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT),
     "select_rows": (*[_POINTER] * 3, *[_INT64] * 2),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT, _INT),
+    "quantized_bytes": (_POINTER,),
+    "quantized_workspace": (_POINTER, _INT64),
+    "pack_quantized": (*[_POINTER] * 5, _INT64),
+    "quantized_linear": (*[_POINTER] * 9, *[_INT64] * 3, _INT, _INT),
     "route_experts": (*[_POINTER] * 3, *[_INT64] * 3, _INT),
     "fused_moe": (*[_POINTER] * 7, *[_INT64] * 6, _INT),
     "paged_attention": (*[_POINTER] * 6, _INT, *[_POINTER] * 4, *[_INT64] * 10, _FLOAT, _FLOAT),
@@ -54,7 +58,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 # What they return, where it is something.
-_RESULTS: dict[str, Any] = {"program_new": _POINTER, "program_is_sound": _INT}
+_RESULTS: dict[str, Any] = {
+    "program_new": _POINTER,
+    "program_is_sound": _INT,
+    "quantized_bytes": _INT64,
+    "quantized_workspace": _INT64,
+}
 
 
 class Recorder(Protocol):

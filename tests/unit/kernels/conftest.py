@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from wavetrain_kernels.cpu.build import build, find_compiler
-from wavetrain_kernels.cpu.instruction_set import LEVELS, available_levels
+from wavetrain_kernels.cpu.instruction_set import LEVELS, InstructionSet, available_levels
 from wavetrain_kernels.cpu.kernels import kernels_of
 from wavetrain_kernels.cpu.library import openmp_runtime
 from wavetrain_kernels.kernel_set import KernelSet
@@ -22,12 +22,19 @@ def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-@pytest.fixture(scope="session", params=["reference", *(level.name for level in LEVELS)])
+# What is written for AMX, with its instructions emulated: on every machine that has the rest.
+_BF16 = next(level for level in LEVELS if level.name == "avx512_bf16")
+EMULATED = InstructionSet("amx_emulated", _BF16.cpu_flags, (*_BF16.compiler_flags, "-DWAVETRAIN_EMULATE_TILES"))
+
+
+@pytest.fixture(scope="session", params=["reference", EMULATED.name, *(level.name for level in LEVELS)])
 def each_kernel_set(request: pytest.FixtureRequest, compiled_cache: Path) -> KernelSet:
     """Every kernel set that this machine can run, one after the other."""
     if request.param == "reference":
         return REFERENCE
-    level = next((level for level in available_levels() if level.name == request.param), None)
+    levels = available_levels()
+    levels = (EMULATED, *levels) if _BF16 in levels else levels
+    level = next((level for level in levels if level.name == request.param), None)
     if level is None:
         pytest.skip(f"this CPU has no {request.param}")
     compiler = find_compiler()

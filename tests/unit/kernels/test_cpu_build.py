@@ -35,9 +35,14 @@ def fake_compiler(folder: Path, script: str) -> Path:
         ("avx2 fma", []),
         ("fpu avx2 fma f16c", ["avx2"]),
         ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq", ["avx512", "avx2"]),
-        ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16", ["avx512_bf16", "avx512", "avx2"]),
+        ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16", ["avx512", "avx2"]),
         (
-            "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16 amx_tile amx_bf16 amx_int8",
+            "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512vbmi avx512_bf16",
+            ["avx512_bf16", "avx512", "avx2"],
+        ),
+        (
+            "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512vbmi avx512_bf16 "
+            "amx_tile amx_bf16 amx_int8",
             ["amx", "avx512_bf16", "avx512", "avx2"],
         ),
     ],
@@ -57,7 +62,9 @@ def test_a_machine_without_flags_has_no_level(tmp_path):
 
 def test_compilers_are_told_the_instruction_set():
     assert AVX2.compiler_flags == ("-mavx2", "-mfma", "-mf16c")
-    assert {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"} <= set(AMX.compiler_flags)
+    assert {"-mavx512bf16", "-mavx512vbmi", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"} <= set(
+        AMX.compiler_flags
+    )
 
 
 def test_the_first_of_the_compilers_is_taken(tmp_path):

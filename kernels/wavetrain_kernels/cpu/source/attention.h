@@ -231,20 +231,24 @@ inline KeyTiles load_key_codes(const Attention& op, const Lanes& lanes, int64_t 
 }
 
 // Two rows of values as one row of tiles of B: (a[d], b[d]) for 32 dimensions, 16 to each tile. A null row is zeros.
-inline void interleave(const bf16* a, const bf16* b, bf16* even, bf16* odd) {
+template <Codes kCodes>
+inline void interleave(const char* a, const char* b, bf16* even, bf16* odd) {
 #if defined(__AVX512BW__)
     alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    __m512i x = a ? _mm512_loadu_si512(a) : _mm512_setzero_si512(), y = b ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
+    __m512i x = a ? load_row<kCodes>(a) : _mm512_setzero_si512(), y = b ? load_row<kCodes>(b) : _mm512_setzero_si512();
     _mm512_store_si512(even, _mm512_permutex2var_epi16(x, low, y));
     _mm512_store_si512(odd, _mm512_permutex2var_epi16(x, high, y));
 #else
+    alignas(64) bf16 x[kDepth] = {}, y[kDepth] = {};
+    if (a) load_row<kCodes>(x, a);
+    if (b) load_row<kCodes>(y, b);
     for (int d = 0; d < kTile; ++d) {
-        even[2 * d] = a ? a[d] : 0;
-        even[2 * d + 1] = b ? b[d] : 0;
-        odd[2 * d] = a ? a[kTile + d] : 0;
-        odd[2 * d + 1] = b ? b[kTile + d] : 0;
+        even[2 * d] = x[d];
+        even[2 * d + 1] = y[d];
+        odd[2 * d] = x[kTile + d];
+        odd[2 * d + 1] = y[kTile + d];
     }
 #endif
 }
@@ -252,23 +256,24 @@ inline void interleave(const bf16* a, const bf16* b, bf16* even, bf16* odd) {
 // Values of keys [first, first + kKeys) as tiles of B. Positions from `end` on are zeros, whatever the cache holds there.
 template <Codes kCodes>
 inline void load_values(const Attention& op, const Lanes& lanes, int64_t first, int64_t end, AttentionScratch& scratch) {
+    constexpr int64_t kBytes = kCodes == Codes::kNone ? sizeof(bf16) : 1;
     bool is_padded = op.head_dim % kDepth != 0;
-    alignas(64) bf16 copies[2][kMaxHeadDim];
-    if (is_padded && kCodes == Codes::kNone) memset(copies, 0, sizeof copies);
+    alignas(64) char copies[2][kMaxHeadDim * kBytes];
+    if (is_padded) memset(copies, 0, sizeof copies);
     int64_t used = smaller(kKeys, (end - first + kDepth - 1) / kDepth * kDepth);
     CachedRows cursor(op, op.value_cache, lanes, first);
     for (int64_t key = 0; key < used; key += 2) {
-        const bf16* rows[2] = {nullptr, nullptr};
+        const char* rows[2] = {nullptr, nullptr};
         for (int i = 0; i < 2 && first + key + i < end; ++i) {
-            rows[i] = kCodes == Codes::kNone && !is_padded ? (const bf16*)cursor.row() : copies[i];
-            if (kCodes != Codes::kNone) widen_row<kCodes>(copies[i], (const uint8_t*)cursor.row(), op.head_dim);
-            else if (is_padded) memcpy(copies[i], cursor.row(), (size_t)op.head_dim * sizeof(bf16));
+            rows[i] = cursor.row();
+            if (is_padded) rows[i] = (const char*)memcpy(copies[i], rows[i], (size_t)(op.head_dim * kBytes));
             if (first + key + i + 1 < end) cursor.advance();
         }
         bf16(*tiles)[kTileElements] = scratch.values[key / kDepth];
         int64_t at = key % kDepth / 2 * kTileRow;
         for (int64_t d = 0; d < op.padded_dim(); d += kDepth)
-            interleave(rows[0] ? rows[0] + d : nullptr, rows[1] ? rows[1] + d : nullptr, tiles[d / kTile] + at, tiles[d / kTile + 1] + at);
+            interleave<kCodes>(rows[0] ? rows[0] + d * kBytes : nullptr, rows[1] ? rows[1] + d * kBytes : nullptr,
+                               tiles[d / kTile] + at, tiles[d / kTile + 1] + at);
     }
 }
 
@@ -288,19 +293,32 @@ inline KeyTiles load_step(const Attention& op, const Lanes& lanes, int64_t first
     return load_key_codes<Codes::kE4m3>(op, lanes, first, end, scratch);
 }
 
-#if !WAVETRAIN_AMX
+// x, times the scale of a key or value where there is one.
+template <bool kHasScales>
+inline Floats weigh(Floats x, const float* scale) {
+    return kHasScales ? mul(x, broadcast(*scale)) : x;
+}
+
+#if WAVETRAIN_AMX
+// Scores of codes become those of keys.
+inline void scale_scores(int64_t num_keys, AttentionScratch& scratch) {
+    for (int64_t i = 0; i < num_keys; ++i) store(scratch.scores[i], mul(load(scratch.scores[i]), broadcast(scratch.key_scales[i])));
+}
+#else
 // scores [kKeysAtOnce, 16] = as many keys times the queries of one tile: enough sums at once to hide the product's latency.
-inline void multiply_some_keys(float* scores, const bf16* keys, int64_t stride, const bf16* queries, int64_t padded_dim) {
+template <bool kHasScales>
+inline void multiply_some_keys(float* scores, const bf16* keys, int64_t stride, const float* scales, const bf16* queries,
+                               int64_t padded_dim) {
     Floats sums[kKeysAtOnce];
     for (Floats& one : sums) one = broadcast(0.0f);
     for (int64_t d = 0; d < padded_dim; d += 2)   // pair d of dimensions is row d of all tiles of the queries together
         for (int key = 0; key < kKeysAtOnce; ++key)
             sums[key] = multiply_pair(sums[key], pair_at(keys + key * stride + d), queries + d / 2 * kTileRow);
-    for (int key = 0; key < kKeysAtOnce; ++key) store(scores + key * kLanes, sums[key]);
+    for (int key = 0; key < kKeysAtOnce; ++key) store(scores + key * kLanes, weigh<kHasScales>(sums[key], scales + key));
 }
 #endif
 
-// scores [128, 16] = keys times the queries of one tile; num_keys rounded up to 64.
+// scores [128, 16] = keys times the queries of one tile, times the keys' scales if they have any; num_keys rounded up to 64.
 inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t tile, int64_t num_keys, AttentionScratch& scratch) {
 #if WAVETRAIN_AMX
     constexpr int64_t stride = sizeof scratch.scores[0];
@@ -326,16 +344,17 @@ inline void multiply_keys(const Attention& op, const KeyTiles& keys, int64_t til
         _tile_stored(2, to + 2 * kTile * kLanes, stride);
         _tile_stored(3, to + 3 * kTile * kLanes, stride);
     }
+    if (op.has_scales()) scale_scores(num_keys, scratch);
 #else
-    for (int64_t i = 0; i < num_keys; i += kKeysAtOnce)
-        multiply_some_keys(scratch.scores[i], keys.start[i / kTile] + i % kTile * keys.row_bytes / (int64_t)sizeof(bf16),
-                           keys.row_bytes / (int64_t)sizeof(bf16), (const bf16*)scratch.queries[tile], op.padded_dim());
+    for (int64_t i = 0; i < num_keys; i += kKeysAtOnce) {
+        int64_t stride = keys.row_bytes / (int64_t)sizeof(bf16);
+        const bf16* some = keys.start[i / kTile] + i % kTile * stride;
+        const float* scales = scratch.key_scales + i;
+        const bf16* queries = (const bf16*)scratch.queries[tile];
+        if (op.has_scales()) multiply_some_keys<true>(scratch.scores[i], some, stride, scales, queries, op.padded_dim());
+        else multiply_some_keys<false>(scratch.scores[i], some, stride, scales, queries, op.padded_dim());
+    }
 #endif
-}
-
-// Scores of codes become those of keys.
-inline void scale_scores(int64_t num_keys, AttentionScratch& scratch) {
-    for (int64_t i = 0; i < num_keys; ++i) store(scratch.scores[i], mul(load(scratch.scores[i]), broadcast(scratch.key_scales[i])));
 }
 
 // Caps the scores, where the model does; afterwards they are to be multiplied by score_scale().
@@ -374,12 +393,6 @@ inline Floats largest_scores(int64_t num_keys, const AttentionScratch& scratch) 
         for (int j = 0; j < 4; ++j) best[j] = max(load(scratch.scores[i + j]), best[j]);
     for (; i < num_keys; ++i) best[0] = max(load(scratch.scores[i]), best[0]);
     return max(max(best[0], best[1]), max(best[2], best[3]));
-}
-
-// x, times the scale of a value where there is one.
-template <bool kHasScales>
-inline Floats weigh(Floats x, const float* scale) {
-    return kHasScales ? mul(x, broadcast(*scale)) : x;
 }
 
 // weights [16, 128] (tiles of A) = 2^(score * scale - base) times the values' scales, rounded; returns the sums of the powers,
@@ -527,7 +540,6 @@ inline void sum_step(const Attention& op, const KeyTiles& keys, int64_t slot, in
                      AttentionScratch& scratch) {
     Sums& sums = scratch.part[slot];
     multiply_keys(op, keys, slot, num_keys, scratch);
-    if (op.has_scales()) scale_scores(num_keys, scratch);
     cap_scores(op, num_keys, scratch);
     if (!sees_all(op, slot, first, num_keys, scratch)) mask_scores(op, slot, first, num_keys, scratch);
     Floats scale = broadcast(score_scale(op)), before = load(sums.largest);

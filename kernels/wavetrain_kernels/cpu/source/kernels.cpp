@@ -9,6 +9,7 @@
 #include "moe.h"
 #include "norm.h"
 #include "program.h"
+#include "quantized_linear.h"
 #include "rotary.h"
 #include "sampling.h"
 
@@ -18,7 +19,7 @@ extern "C" {
 
 // Asks the kernel for the AMX registers of this process; false where it refuses them.
 int wavetrain_enable(void) {
-#if WAVETRAIN_AMX
+#if WAVETRAIN_AMX && !defined(WAVETRAIN_EMULATE_TILES)
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -53,6 +54,24 @@ void wavetrain_select_rows(bf16* out, const bf16* x, const int64_t* indices, int
 void wavetrain_linear(void* out, const bf16* x, const bf16* packed, const bf16* bias, bf16* workspace, int64_t out_stride,
                       int64_t x_stride, int64_t m, int64_t k, int64_t n, int activation, int is_float_out) {
     submit(Linear{out, x, packed, bias, workspace, out_stride, x_stride, m, k, n, (Activation)activation, is_float_out != 0});
+}
+
+int64_t wavetrain_quantized_bytes(const QuantizedFormat* format) { return format->num_bytes(); }
+
+int64_t wavetrain_quantized_workspace(const QuantizedFormat* format, int64_t m) { return format->workspace_bytes(m); }
+
+void wavetrain_pack_quantized(uint8_t* packed, const QuantizedFormat* format, const uint8_t* values, const float* scales,
+                              const float* offsets, int64_t block_rows) {
+    pack_quantized(packed, *format, {values, scales, offsets, block_rows});
+}
+
+void wavetrain_quantized_linear(void* out, const bf16* x, const uint8_t* packed, const bf16* bias, bf16* workspace,
+                                const QuantizedFormat* format, const float* codebook, const int32_t* order,
+                                const float* input_scale, int64_t out_stride, int64_t x_stride, int64_t m, int activation,
+                                int is_float_out) {
+    Linear target{out,      x, nullptr,   bias,      workspace,              out_stride,
+                  x_stride, m, format->k, format->n, (Activation)activation, is_float_out != 0};
+    submit(QuantizedLinear{target, *format, packed, codebook, order, input_scale});
 }
 
 void wavetrain_route_experts(float* weights, int32_t* experts, const float* logits, int64_t num_rows, int64_t num_experts,

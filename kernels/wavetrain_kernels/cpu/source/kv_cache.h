@@ -41,9 +41,15 @@ inline __m512i widened(__m256i codes) {
     return _mm512_or_si512(bits, sign);
 }
 
+// 32 elements of a row as bf16, which they are where there are no codes.
+template <Codes kCodes>
+inline __m512i load_row(const void* row) {
+    return kCodes == Codes::kNone ? _mm512_loadu_si512(row) : widened<kCodes>(_mm256_loadu_si256((const __m256i*)row));
+}
+
 template <Codes kCodes>
 inline void widen_some(bf16* to, const uint8_t* codes) {
-    _mm512_storeu_si512(to, widened<kCodes>(_mm256_loadu_si256((const __m256i*)codes)));
+    _mm512_storeu_si512(to, load_row<kCodes>(codes));
 }
 
 #else
@@ -70,6 +76,13 @@ template <Codes kCodes>
 inline void widen_some(bf16* to, const uint8_t* codes) {
     for (int i = 0; i < kCodesAtOnce; i += 16)
         _mm256_storeu_si256((__m256i*)(to + i), widened_half<kCodes>(_mm_loadu_si128((const __m128i*)(codes + i))));
+}
+
+// 32 elements of a row as bf16, which they are where there are no codes.
+template <Codes kCodes>
+inline void load_row(bf16* to, const void* row) {
+    if (kCodes == Codes::kNone) memcpy(to, row, kCodesAtOnce * sizeof(bf16));
+    else widen_some<kCodes>(to, (const uint8_t*)row);
 }
 
 #endif

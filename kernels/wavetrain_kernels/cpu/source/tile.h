@@ -9,7 +9,10 @@
 
 #include "simd.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(WAVETRAIN_EMULATE_TILES)
+#include "tile_emulation.h"
+#define WAVETRAIN_AMX 1
+#elif defined(__AMX_BF16__) && defined(__AMX_TILE__)
 #define WAVETRAIN_AMX 1
 #else
 #define WAVETRAIN_AMX 0

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// What rows of x are made into before they are multiplied with a quantized weight: blocks of bf16 or int8, and sums of groups.
+#pragma once
+
+#include "memory.h"
+#include "quantized_format.h"
+#include "quantized_integers.h"
+
+namespace wavetrain {
+
+// The sums of a row's bf16 in each group.
+inline void sum_groups(const QuantizedLinear& op, int64_t row) {
+    const QuantizedFormat& format = op.format;
+    const char* x = op.x_row(row);
+    float* sums = op.sums() + row * format.groups();
+    for_each_piece(format, 0, format.segments(), [&](const Piece& piece) {
+        Floats total = broadcast(0.0f);
+        for (int64_t at = piece.begin; at < piece.end; ++at)
+            total = add(total, load((const bf16*)(x + at / 2 * op.kStepBytes + at % 2 * 32)));
+        sums[piece.group] = sum(total);
+    });
+}
+
+inline void pack_in_order(const QuantizedLinear& op, int64_t row) {
+    constexpr int64_t kInputs = kRowBytes / (int64_t)sizeof(bf16);
+    const bf16* x = (const bf16*)op.target.x + row * op.target.x_stride;
+    char* to = op.x_row(row);
+    for (int64_t at = 0; at < op.format.k; at += kInputs, to += op.kStepBytes) {
+        bf16* line = (bf16*)to;
+        int64_t count = op.format.k - at < kInputs ? op.format.k - at : kInputs;
+        for (int64_t i = 0; i < count; ++i) line[i] = x[op.order[at + i]];
+        for (int64_t i = count; i < kInputs; ++i) line[i] = 0;
+    }
+}
+
+// A row as floats in the weight's order, zeros up to whole steps.
+inline const float* widen_row(const QuantizedLinear& op, int64_t row) {
+    int64_t k = op.format.k, padded = op.format.steps() * op.format.step_inputs(), at = 0;
+    const bf16* x = (const bf16*)op.target.x + row * op.target.x_stride;
+    float* wide = (float*)thread_memory().reserve(padded * (int64_t)sizeof(float));
+    if (op.order) {
+        for (; at < k; ++at) {
+            uint32_t bits = (uint32_t)x[op.order[at]] << 16;
+            memcpy(wide + at, &bits, sizeof bits);
+        }
+    } else {
+        for (; at + kLanes <= k; at += kLanes) store(wide + at, load(x + at));
+        if (at < k) store(wide + at, load(x + at, (int)(k - at)), (int)(k - at)), at = k;
+    }
+    memset(wide + at, 0, (size_t)(padded - at) * sizeof(float));
+    return wide;
+}
+
+// The scale of `count` inputs, a multiple of 16: what was given, or the largest size over 127. NaN where an input is no number.
+inline float scale_of(const QuantizedLinear& op, const float* x, int64_t count) {
+    Floats most = broadcast(0.0f), poison = broadcast(0.0f);
+    for (int64_t at = 0; at < count; at += kLanes) {
+        Floats here = load(x + at);
+        most = max(most, max(here, sub(broadcast(0.0f), here)));
+        poison = fma(here, broadcast(0.0f), poison);
+    }
+    float scale = op.input_scale ? *op.input_scale : largest(most) / 127.0f;
+    return (scale == 0.0f ? 1.0f : scale) + sum(poison);
+}
+
+// 16 floats over a scale as bytes, rounded to even; returns them as integers.
+inline Ints round_inputs(int8_t* to, const float* x, float scale) {
+    // In this order of operands what is no number becomes 127.
+    Floats scaled = max(min(div(load(x), broadcast(scale)), broadcast(127.0f)), broadcast(-127.0f));
+#if defined(__AVX512F__)
+    __m512i integers = _mm512_cvtps_epi32(scaled.v);
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(integers));
+    return {integers};
+#else
+    __m256i low = _mm256_cvtps_epi32(scaled.low), high = _mm256_cvtps_epi32(scaled.high);
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+    _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    return {low, high};
+#endif
+}
+
+inline int32_t sum(Ints a) {
+    alignas(64) int32_t lanes[kLanes];
+    store(lanes, a);
+    int32_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+    return total;
+}
+
+inline Ints add(Ints a, Ints b) {
+#if defined(__AVX512F__)
+    return {_mm512_add_epi32(a.v, b.v)};
+#else
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+#endif
+}
+
+// A row of int8, its scales and its sums.
+inline void quantize_row(const QuantizedLinear& op, int64_t row) {
+    const QuantizedFormat& format = op.format;
+    const float* x = widen_row(op, row);
+    char* to = op.x_row(row);
+    int64_t input_groups = ceil_div(format.k, format.input_group_size);
+    int64_t each = format.input_group_size / format.group_size;   // groups of the weight in one of the inputs
+    float scale = 0.0f;
+    for_each_piece(format, 0, format.segments(), [&](const Piece& piece) {
+        if (input_groups == 1 ? piece.group == 0 : piece.group % each == 0) {
+            int64_t begin = piece.begin * kSegment, whole = format.segments() * kSegment;
+            int64_t end = input_groups == 1 || begin + format.input_group_size > whole ? whole : begin + format.input_group_size;
+            scale = scale_of(op, x + begin, end - begin);
+        }
+        Ints total = QuadSource::zero();
+        for (int64_t at = piece.begin; at < piece.end; ++at)
+            total = add(total, round_inputs((int8_t*)to + at / 4 * op.kStepBytes + at % 4 * kSegment, x + at * kSegment, scale));
+        op.int_sums()[row * format.groups() + piece.group] = sum(total);
+        op.scales()[row * format.groups() + piece.group] = scale;
+    });
+}
+
+// Makes rows [begin, end) of x into what is multiplied.
+inline void prepare_rows(const QuantizedLinear& op, int64_t begin, int64_t end, bool needs_sums) {
+    if (op.format.has_int_inputs) {
+        for (int64_t row = begin; row < end; ++row) quantize_row(op, row);
+        return;
+    }
+    if (!op.order) pack_rows(op.target.workspace, op.target.x, op.target.x_stride, begin, end, op.format.k);
+    for (int64_t row = begin; row < end; ++row) {
+        if (op.order) pack_in_order(op, row);
+        if (needs_sums) sum_groups(op, row);
+    }
+}
+
+}  // namespace wavetrain
