@@ -70,7 +70,8 @@ def target(args: argparse.Namespace) -> Iterator[Target]:
 def started_target(model_dir: str | None, serve_flags: Sequence[str]) -> Iterator[Target]:
     """Yields a server on free ports, started here and stopped with the block; the demo model's without `model_dir`."""
     ports = free_ports(3)
-    command = [str(Path(sys.executable).with_name("wavetrain")), "serve"]
+    # Without the gateway: it is not what these benchmarks measure, and its port may be taken.
+    command = [str(Path(sys.executable).with_name("wavetrain")), "serve", "--no-gateway"]
     command += [model_dir] if model_dir is not None else []
     for flag, port in zip(("--http-port", "--grpc-port", "--metrics-port"), ports, strict=True):
         command += [flag, str(port)]
