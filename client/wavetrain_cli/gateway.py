@@ -36,6 +36,12 @@ def create_parser() -> FlagParser:
     parser.add_argument("--port", type=int, help="(default: 9000; 0: any free one)")
     parser.add_argument("--served-model-name", metavar="NAME", help="what callers name the model (default: wavetrain)")
     parser.add_argument(
+        "--engine-metrics",
+        action="append",
+        metavar="URL",
+        help="metrics page of a Triton server, http://HOST:8002/metrics, for GET /load and the charts of the page",
+    )
+    parser.add_argument(
         "--drain-s", type=float, metavar="SECONDS", help="how long running requests may go on at the end"
     )
     parser.add_argument(
@@ -84,6 +90,8 @@ def read_settings(given: argparse.Namespace) -> GatewaySettings:
         listen |= {name: value for name, value in flags.items() if value is not None}
         if given.upstream:
             values["upstreams"] = tuple(given.upstream)
+        if given.engine_metrics:
+            values["engine_metrics"] = tuple(given.engine_metrics)
         if given.served_model_name is not None:
             values["model"] = given.served_model_name
         return GatewaySettings.model_validate(values)

@@ -172,8 +172,9 @@ def _gateway(
         CommandError: its settings cannot be; told before anything is started.
     """
     name = given.served_model_name or _DEFAULT_MODEL_NAME.sub("-", Path(repository.config.model.model).name) or "model"
-    upstream = f"[{host}]:{given.grpc_port}" if ":" in host else f"{host}:{given.grpc_port}"
-    arguments = ["--host", given.host, "--port", str(given.gateway_port), "--upstream", upstream]
+    server = f"[{host}]" if ":" in host else host
+    arguments = ["--host", given.host, "--port", str(given.gateway_port), "--upstream", f"{server}:{given.grpc_port}"]
+    arguments += ["--engine-metrics", f"http://{server}:{given.metrics_port}/metrics"]
     arguments += ["--served-model-name", name, "--drain-s", str(given.grace_s)]
     if given.gateway_config is not None:
         arguments += ["--config", str(given.gateway_config.absolute())]

@@ -7,6 +7,7 @@ from starlette.applications import Starlette
 
 from wavetrain_gateway.admission import Admission
 from wavetrain_gateway.app import GatewayApp
+from wavetrain_gateway.engine_load import EngineLoads
 from wavetrain_gateway.host_names import loopback_hosts
 from wavetrain_gateway.lifecycle import Lifecycle
 from wavetrain_gateway.limits.assembly import make_admission
@@ -55,6 +56,7 @@ def build_gateway(
             settings.cache, _answer_store(settings.cache), on_lookup=metrics.count_cache, on_failure=log.cache_failure
         ),
         log=log,
+        loads=EngineLoads(settings.engine_metrics),
         allowed_hosts=None if has_keys else loopback_hosts(settings.listen),
         tracer=NoTracer() if settings.trace.otlp_endpoint is None else OtelTracer(settings.trace),
     )

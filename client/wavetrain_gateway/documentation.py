@@ -39,7 +39,14 @@ _ERROR = {
         }
     },
 }
-_CONTENT = {"/livez": "text/plain", "/readyz": "text/plain", "/metrics": "text/plain", "/docs": "text/html"}
+_CONTENT = {
+    "/livez": "text/plain",
+    "/readyz": "text/plain",
+    "/metrics": "text/plain",
+    "/docs": "text/html",
+    "/": "text/html",
+    "/page/{name}": "*/*",
+}
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 

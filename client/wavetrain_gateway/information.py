@@ -8,6 +8,7 @@ from typing import Any
 
 from wavetrain_client import ChatPrompt
 from wavetrain_gateway.bodies import parse_body, read_body
+from wavetrain_gateway.engine_load import as_json
 from wavetrain_gateway.errors import InvalidRequest, NotFound, Unavailable
 from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.generation import check_model
@@ -95,6 +96,11 @@ async def metrics(exchange: Exchange, services: Services) -> None:
     services.metrics.active.set(services.lifecycle.num_active)
     body, media = services.metrics.render()
     await exchange.answer(body, media)
+
+
+async def load(exchange: Exchange, services: Services) -> None:
+    """GET /load: what the engines are busy with."""
+    await exchange.answer_json(as_json(await services.loads.read()))
 
 
 async def _body(exchange: Exchange, services: Services) -> bytes:

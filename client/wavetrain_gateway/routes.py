@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 from starlette.routing import Match, Route
 
-from wavetrain_gateway import generation, information
+from wavetrain_gateway import generation, information, web_page
 from wavetrain_gateway.documentation import docs_page, openapi_document
 from wavetrain_gateway.errors import MethodNotAllowed, NotFound
 from wavetrain_gateway.exchange import Exchange
@@ -126,9 +126,19 @@ ROUTES: tuple[RouteSpec, ...] = (
         summary="Requests are taken",
         answers={503: "draining, or no replica is ready"},
     ),
+    RouteSpec(method="GET", path="/load", handler=information.load, summary="Tell what the engines are busy with"),
     RouteSpec(method="GET", path="/metrics", handler=information.metrics, summary="Prometheus metrics"),
     RouteSpec(method="GET", path="/openapi.json", handler=openapi, summary="This document"),
     RouteSpec(method="GET", path="/docs", handler=docs_page, summary="This document, for people"),
+    RouteSpec(method="GET", path="/", handler=web_page.index, summary="A page to try it on", is_public=True),
+    RouteSpec(
+        method="GET",
+        path="/page/{name}",
+        handler=web_page.part,
+        summary="A part of that page",
+        is_public=True,
+        answers={404: "there is no such part"},
+    ),
 )
 
 

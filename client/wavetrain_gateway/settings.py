@@ -140,9 +140,15 @@ class AdminSettings(Section):
 
 
 class GatewaySettings(Section):
-    """Everything. `upstreams` are the replicas of `model`, unless `routing.file` says more."""
+    """Everything.
+
+    Attributes:
+        upstreams: the replicas of `model`, unless `routing.file` says more.
+        engine_metrics: metrics pages of Triton servers, for GET /load and the page's charts.
+    """
 
     upstreams: tuple[str, ...] = ("127.0.0.1:8001",)
+    engine_metrics: tuple[Annotated[str, Field(pattern="^https?://")], ...] = ()
     model: str = Field(default="wavetrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")
     listen: ListenSettings = ListenSettings()
     caps: CapSettings = CapSettings()
