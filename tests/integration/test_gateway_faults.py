@@ -329,5 +329,6 @@ async def test_every_route_but_livez_and_the_empty_page_needs_a_key(tmp_path: Pa
         for path in sorted(paths):
             for method in ("GET", "POST", "DELETE", "OPTIONS"):
                 answer = await gateway.http.request(method, path.replace("{", "").replace("}", ""))
-                expected = public.get((method, path), 401)
-                assert answer.status_code == expected, (method, path)
+                # After some wrong keys an address has to wait, which lets nobody in either.
+                expected = {public[method, path]} if (method, path) in public else {401, 429}
+                assert answer.status_code in expected, (method, path)
