@@ -92,8 +92,8 @@ class Requests:
         assert len(tokens) == self.max_tokens
         return tokens, core.logprobs(name), core.prompt_logprobs(name)
 
-    def alone(self, count: int) -> list[Answer]:
-        core, answers = self.core(**ALONE), []
+    def alone(self, count: int, **flags: Any) -> list[Answer]:
+        core, answers = self.core(**ALONE, **flags), []
         for index in range(count):
             self.add(core, index)
             core.run()
@@ -137,6 +137,25 @@ def test_from_the_prefix_cache(demo: Requests, demo_alone: list[Answer]) -> None
     demo.together(core)
     hits_before = core.core.stats().num_prefix_cache_hit_tokens
     assert demo.together(core)[: len(demo_alone)] == demo_alone
+    assert core.core.stats().num_prefix_cache_hit_tokens > hits_before
+    core.close()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_over_a_quantized_cache(kv_cache_dtype: str) -> None:
+    """A token's codes depend on itself alone: not on its block, nor on what was written in one step with it."""
+    requests = Requests(DEMO, 13, max_tokens=24)
+    alone = requests.alone(4, kv_cache_dtype=kv_cache_dtype)
+    for way in ("whole prompts", "chunks, tiny pool, one step in flight"):
+        flags = WAYS[way] | ({"num_blocks": 40} if "tiny pool" in way else {})
+        core = requests.core(kv_cache_dtype=kv_cache_dtype, **flags)
+        assert requests.together(core)[:4] == alone
+        assert (core.core.stats().num_preemptions > 0) == ("tiny pool" in way)
+        core.close()
+    core = requests.core(kv_cache_dtype=kv_cache_dtype)
+    requests.together(core)
+    hits_before = core.core.stats().num_prefix_cache_hit_tokens
+    assert requests.together(core)[:4] == alone
     assert core.core.stats().num_prefix_cache_hit_tokens > hits_before
     core.close()
 

@@ -14,7 +14,7 @@ from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.models.registry import create_model
 from wavetrain_engine.weights.loader import load_weights
-from wavetrain_engine.worker.kv_cache import allocate_kv_caches
+from wavetrain_engine.worker.kv_cache import allocate_kv_caches, kv_cache_spec
 from wavetrain_engine.worker.step_program import record_step
 from wavetrain_kernels.errors import UnsupportedDevice
 from wavetrain_kernels.ops import AttentionMetadata, WantedTokens, choose_kernels
@@ -44,8 +44,8 @@ def load(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Model:
     return model
 
 
-def record(model: Model):
-    caches = allocate_kv_caches(model.kv_cache_spec(), NUM_BLOCKS, BLOCK_SIZE, CPU)
+def record(model: Model, kv_cache_dtype: str = "auto"):
+    caches = allocate_kv_caches(kv_cache_spec(model, kv_cache_dtype), NUM_BLOCKS, BLOCK_SIZE, CPU)
     return record_step(model, caches, capacity=CAPACITY, max_model_len=128, device=CPU), caches
 
 
@@ -114,6 +114,20 @@ def test_wanted_tokens_come_out_as_among_all(checkpoints: TinyCheckpoints, famil
         assert torch.equal(cache.value, expected_cache.value)
         used = cache.value[1:] != 0
         assert torch.equal(recorded.value[1:][used], cache.value[1:][used])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_over_a_quantized_cache(checkpoints: TinyCheckpoints, family: str, kv_cache_dtype: str) -> None:
+    model = load(checkpoints.get(family, dtype=torch.bfloat16))
+    program, _ = record(model, kv_cache_dtype)
+    assert program is not None
+    caches = allocate_kv_caches(kv_cache_spec(model, kv_cache_dtype), NUM_BLOCKS, BLOCK_SIZE, CPU)
+    for positions, metadata in steps():
+        token_ids = torch.randint(3, 500, positions.shape)
+        expected = model.forward(token_ids, positions, caches, metadata)
+        assert torch.equal(program.run(token_ids, positions, metadata), expected)
 
 
 @torch.inference_mode()
