@@ -22,8 +22,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -37,8 +39,8 @@ from wavetrain_gateway.upstream import Job, UpstreamStream
 
 MODEL = "m"
 WAYS = ("random", "load", "affinity")
-# Prompts of the demo model: its tokenizer makes about this many tokens of a word.
-_TOKENS_PER_WORD = 2
+# Of the demo model's tokenizer, about, for these words.
+_TOKENS_PER_WORD = 1
 
 Open = Callable[[Job], UpstreamStream]
 
@@ -140,6 +142,7 @@ async def measure(urls: Sequence[str], args: argparse.Namespace) -> None:
             for upstream in upstreams:
                 await upstream.close()
             results[way].append(result)
+            print(f"round {number}, {way}: {result.hit_rate:.3f}, {result.seconds:.1f} s", file=sys.stderr)
     for way, runs in results.items():
         rates = [run.hit_rate for run in runs]
         line = {
@@ -172,7 +175,8 @@ def main() -> None:
     if args.num_blocks is None:
         words = 0.6 * args.num_shared * args.shared_words + args.concurrency * (args.shared_words + args.own_words)
         args.num_blocks = int(words * _TOKENS_PER_WORD / 16)
-    flags = ["--no-gateway", "--num-blocks", str(args.num_blocks)]
+    # Both servers share the machine's cores: with a thread for each core, each waits for the other's.
+    flags = ["--num-blocks", str(args.num_blocks), "--cpu-threads", str(max(1, (os.cpu_count() or 1) // 2))]
     with ExitStack() as stack:
         urls = [stack.enter_context(started_target(args.model_dir, flags)).url for _ in range(2)]
         asyncio.run(measure(urls, args))

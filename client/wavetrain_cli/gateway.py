@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -32,6 +33,11 @@ def create_parser() -> FlagParser:
         help="gRPC address of a Triton server; give it again for more replicas (default: 127.0.0.1:8001)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="gateway.toml; flags go before what it says")
+    parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys, made with `wavetrain keys create`")
+    parser.add_argument("--redis", metavar="URL", help="Redis server on which gateways share the limits of their keys")
+    parser.add_argument(
+        "--routing", type=Path, metavar="FILE", help="several models, replicas and rules, in place of --upstream"
+    )
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="(default: 9000; 0: any free one)")
     parser.add_argument("--served-model-name", metavar="NAME", help="what callers name the model (default: wavetrain)")
@@ -66,6 +72,8 @@ def check_gateway(arguments: list[str], environment: Environment) -> GatewaySett
     has_keys = settings.keys.file is not None or environment.api_keys is not None
     if not (given.insecure or has_keys):
         _check_exposure(settings.listen.host)
+    if settings.keys.redis_url is not None and settings.keys.file is None:
+        raise CommandError("limits belong to keys: a Redis server for them needs a key file (--keys)", exit_code=2)
     if settings.admin.port is not None and environment.admin_key is None:
         raise CommandError("the admin API needs a key: set WAVETRAIN_ADMIN_KEY", exit_code=2)
     return settings
@@ -88,6 +96,10 @@ def read_settings(given: argparse.Namespace) -> GatewaySettings:
         listen: dict[str, Any] = values.setdefault("listen", {})
         flags = {"host": given.host, "port": given.port, "drain_timeout_s": given.drain_s}
         listen |= {name: value for name, value in flags.items() if value is not None}
+        tables = {"keys": {"file": given.keys, "redis_url": given.redis}, "routing": {"file": given.routing}}
+        for name, flags in tables.items():
+            table: dict[str, Any] = values.setdefault(name, {})
+            table |= {key: value for key, value in flags.items() if value is not None}
         if given.upstream:
             values["upstreams"] = tuple(given.upstream)
         if given.engine_metrics:
@@ -118,6 +130,9 @@ def _serve(settings: GatewaySettings, environment: Environment) -> int:
     from wavetrain_gateway.request_log import install_log
 
     install_log(settings.log)
+    # Each connection is a file, and 1,024 of them, what processes usually begin with, are few.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = _listen(settings.listen.host, settings.listen.port)
     admin = None if settings.admin.port is None else _listen(settings.admin.host, settings.admin.port)
     # A signal before the loop takes them must end the process as one after it does.

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from wavetrain_cli.gateway import check_gateway
 from wavetrain_cli.main import main
+from wavetrain_engine.environment import Environment
 from wavetrain_gateway.keys import KeyRing, hash_key, parse_keys
 
 
@@ -95,3 +97,19 @@ def test_what_is_wrong_with_the_command_line_is_said(capsys: pytest.CaptureFixtu
     assert main(["keys"]) == 2
     assert "revoke" in capsys.readouterr().out
     assert "none.toml: No such file" in fails(capsys, "list", str(tmp_path / "none.toml"))
+
+
+def test_the_gateway_takes_keys_redis_and_routing_from_its_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    environment = Environment.read({})
+    flags = ["--keys", "k.toml", "--redis", "redis://h:1", "--routing", "r.toml", "--host", "0.0.0.0"]
+    settings = check_gateway(flags, environment)
+    assert (settings.keys.file, settings.keys.redis_url) == (Path("k.toml"), "redis://h:1")
+    assert settings.routing.file == Path("r.toml")
+    config = tmp_path / "gateway.toml"
+    config.write_text('[keys]\nfile = "other.toml"\nredis_when_down = "closed"\n', encoding="utf-8")
+    settings = check_gateway(["--config", str(config), "--redis", "redis://h:1"], environment)
+    assert (settings.keys.file, settings.keys.redis_when_down) == (Path("other.toml"), "closed")
+    assert main(["gateway", "--redis", "redis://h:1"]) == 2
+    assert "needs a key file (--keys)" in capsys.readouterr().err
