@@ -14,8 +14,8 @@ from pathlib import Path
 from wavetrain_engine import LLM, SamplingParams
 
 ANSWER = "oracle.json"
-# Log-probabilities may differ by so much. Where inputs are rounded to 8 bits, tools differ in what is the largest (127 or
-# 127.5), and each rounding that goes the other way moves the rest: about as far as rounding itself does.
+# Log-probabilities may differ by so much. Where inputs are rounded to 8 bits, tools differ in what is the largest (127
+# or 127.5), and each rounding that goes the other way moves the rest: about as far as rounding itself does.
 EXACT, ROUNDED = 1e-4, 0.25
 ROUNDED_INPUTS = ("w8a8", "mixed")
 

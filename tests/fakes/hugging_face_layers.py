@@ -104,7 +104,7 @@ def four_bit(kind: str = "nf4", *, is_nested: bool = False, block_size: int = 64
 def eight_bit(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """LLM.int8()."""
     largest = weight.abs().amax(1)
-    values = (weight / largest[:, None] * 127).round().to(torch.int8)
+    values = (weight / largest.where(largest > 0, 1.0)[:, None] * 127).round().to(torch.int8)
     tensors = {"weight": values, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     return tensors, values.float() * (largest / 127)[:, None]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ class Recipe:
 
     Attributes:
         inputs: what inputs are rounded to before they are multiplied.
+        skipped: parts of names of layers that are not quantized.
+        extra: parts of names of layers that are, beside the projections.
     """
 
     config: Mapping[str, Any]
     store: Store
     inputs: str | None = None
-    skipped: tuple[str, ...] = field(default=("lm_head",))
+    skipped: tuple[str, ...] = ("lm_head",)
+    extra: tuple[str, ...] = ()
 
 
 RECIPES: dict[str, Recipe] = {
@@ -42,10 +45,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def is_quantized(name: str, skipped: tuple[str, ...]) -> bool:
-    """Whether the recipes quantize a tensor of this name."""
+def is_quantized(name: str, recipe: Recipe) -> bool:
+    """Whether the recipe quantizes a tensor of this name."""
     layer = name.removesuffix(".weight")
-    return (name.endswith(_LINEAR) or name == "lm_head.weight") and not any(part in layer for part in skipped)
+    is_meant = (*_LINEAR, *(f"{part}.weight" for part in recipe.extra), "lm_head.weight")
+    return name.endswith(is_meant) and not any(part in layer for part in recipe.skipped)
 
 
 def write_quantized(
@@ -61,7 +65,7 @@ def write_quantized(
     dense: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stored[name] = dense[name] = tensor
-        if not is_quantized(name, recipe.skipped):
+        if not is_quantized(name, recipe):
             continue
         special = [other for part, other in (per_layer or {}).items() if part in name]
         del stored[name]
@@ -70,7 +74,9 @@ def write_quantized(
     for folder, content, config in (("quantized", stored, recipe.config), ("dequantized", dense, None)):
         target = directory / folder
         shutil.copytree(source, target)
-        save_file({name: item.clone().contiguous() for name, item in content.items()}, target / SINGLE, {"format": "pt"})
+        save_file(
+            {name: item.clone().contiguous() for name, item in content.items()}, target / SINGLE, {"format": "pt"}
+        )
         if config is not None:
             values = json.loads((target / "config.json").read_text())
             (target / "config.json").write_text(json.dumps({**values, "quantization_config": dict(config)}))

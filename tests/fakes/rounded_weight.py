@@ -58,9 +58,9 @@ def round_integers(
         else:
             low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
             scales[:, group] = (high - low) / top
-            zeros[:, group] = (-low / scales[:, group]).round().clamp(0, top).int()
+            zeros[:, group] = (-low / scales[:, group].where(high > low, 1.0)).round().clamp(0, top).int()
     scales = scales.to(scale_dtype).float()
-    codes = (weight / scales[:, groups]).round() + zeros[:, groups]
+    codes = (weight / scales.where(scales > 0, 1.0)[:, groups]).round() + zeros[:, groups]
     return Rounded(bits, codes.clamp(0, top).int(), scales, zeros, groups)
 
 

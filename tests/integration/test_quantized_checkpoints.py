@@ -3,19 +3,29 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fakes.compressed_layers import INPUT_SCALE
-from fakes.quantized_checkpoints import RECIPES, Recipe, write_quantized
+from fakes.compressed_layers import INPUT_SCALE, packed
+from fakes.hugging_face_layers import gptq
+from fakes.quantized_checkpoints import RECIPES, SINGLE, Recipe, change_config, write_quantized
 from fakes.tiny_checkpoints import TinyCheckpoints
 from wavetrain_engine import LLM, SamplingParams
+from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_engine.models.registry import create_model
+from wavetrain_engine.weights.loader import load_weights
 
-NUM_OUTPUT_TOKENS = 16
+NUM_OUTPUT_TOKENS = 8
 PROMPT_LENS = (3, 40)
 
 
@@ -98,3 +108,131 @@ def test_every_format_equals_transformers(checkpoints: TinyCheckpoints, tmp_path
     recipe = RECIPES[name]
     quantized, dequantized = write_quantized(checkpoints.get("llama"), tmp_path, recipe)
     assert_equal(quantized, dequantized, recipe)
+
+
+W4, W8 = RECIPES["w4a16-g32"], RECIPES["w8a16-g32"]
+
+
+def config_of_two(parts: dict[str, list[str]]) -> dict[str, Any]:
+    """Returns a config with groups for w4 and w8; `parts` says what each one's targets are."""
+    config = copy.deepcopy(dict(W4.config))
+    groups = {
+        name: copy.deepcopy(recipe.config["config_groups"]["group_0"]) for name, recipe in (("w4", W4), ("w8", W8))
+    }
+    config["config_groups"] = {name: {**groups[name], "targets": targets} for name, targets in parts.items()}
+    return config
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_parts_of_different_schemes_are_computed_one_by_one(
+    checkpoints: TinyCheckpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kernels: str,
+) -> None:
+    monkeypatch.setenv("WAVETRAIN_KERNELS", kernels)
+    # v and up are of 8 bits, k is not quantized, in a model with biases everywhere.
+    config = config_of_two({"w4": ["Linear"], "w8": ["re:.*[.](v|up)_proj"]})
+    config["ignore"] = ["lm_head", "re:.*k_proj"]
+    recipe = replace(W4, config=config, skipped=("lm_head", "k_proj"))
+    source = checkpoints.get("llama-bias")
+    quantized, dequantized = write_quantized(source, tmp_path, recipe, per_layer={"v_proj": W8, "up_proj": W8})
+    with caplog.at_level("INFO"):
+        assert_equal(quantized, dequantized, recipe)
+    assert "4 merged projections have parts of different schemes" in caplog.text
+    assert (
+        "quantized weights: compressed-tensors w4a16, groups of 32 (8 weights); w8a16, groups of 32 (4" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("name", ["w4a16-act-order", "gptq-act-order"])
+def test_act_orders_that_differ_by_part(checkpoints: TinyCheckpoints, tmp_path: Path, name: str) -> None:
+    make, options = (packed, {}) if name.startswith("w4") else (gptq, {"version": 2})
+    other = replace(RECIPES[name], store=make(4, 16, is_symmetric=False, order_seed=17, **options))
+    quantized, dequantized = write_quantized(
+        checkpoints.get("llama"), tmp_path, RECIPES[name], per_layer={"k_proj": other, "gate_proj": other}
+    )
+    assert_equal(quantized, dequantized, RECIPES[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("qwen2", "gptq-asym"), ("gemma2", "w4a16-g16-asym"), ("mixtral", "fp8-hf-block-32"), ("qwen3-moe", "awq")],
+)
+def test_other_families(checkpoints: TinyCheckpoints, tmp_path: Path, family: str, name: str) -> None:
+    options = {"moe_intermediate_size": 48} if family == "qwen3-moe" else {}
+    quantized, dequantized = write_quantized(checkpoints.get(family, **options), tmp_path, RECIPES[name])
+    assert_equal(quantized, dequantized, RECIPES[name])
+
+
+@pytest.mark.parametrize("name", ["w8a16-channel-asym", "gptq"])
+def test_a_quantized_output_head(checkpoints: TinyCheckpoints, tmp_path: Path, name: str) -> None:
+    config = {**RECIPES[name].config, **({"lm_head": True} if name == "gptq" else {"ignore": []})}
+    recipe = replace(RECIPES[name], config=config, skipped=())
+    quantized, dequantized = write_quantized(checkpoints.get("llama"), tmp_path, recipe)
+    assert_equal(quantized, dequantized, recipe)
+
+
+def test_a_quantized_embedding_is_held_as_numbers(checkpoints: TinyCheckpoints, tmp_path: Path) -> None:
+    config = config_of_two({"w4": ["Linear"], "w8": ["Embedding"]})
+    recipe = replace(W4, config=config, extra=("embed_tokens",))
+    quantized, dequantized = write_quantized(checkpoints.get("llama"), tmp_path, recipe, per_layer={"embed_tokens": W8})
+    assert_equal(quantized, dequantized, recipe)
+
+
+def test_scales_of_a_kv_cache_are_not_needed(
+    checkpoints: TinyCheckpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = RECIPES["fp8-hf-block-32"]
+    quantized, dequantized = write_quantized(checkpoints.get("llama"), tmp_path, recipe)
+    tensors = load_file(quantized / SINGLE)
+    for layer in range(2):
+        for name in ("self_attn.k_scale", "self_attn.v_scale", "self_attn.k_proj.output_scale"):
+            tensors[f"model.layers.{layer}.{name}"] = torch.ones(1)
+    save_file(tensors, quantized / SINGLE)
+    with caplog.at_level("INFO"):
+        assert_equal(quantized, dequantized, recipe)
+    assert "scales for a KV cache are not needed" in caplog.text
+
+
+def test_weights_take_the_bytes_they_are_packed_in(checkpoints: TinyCheckpoints, tmp_path: Path) -> None:
+    quantized, dequantized = write_quantized(checkpoints.get("llama"), tmp_path, W4)
+
+    def weight_bytes(directory: Path) -> int:
+        config = ModelConfig.load(directory)
+        return load_weights(create_model(config, torch.float32, "cpu"), directory, config)
+
+    linear = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96)
+    assert weight_bytes(dequantized) - weight_bytes(quantized) == linear * 4 - linear // 2 - linear // 32 * 4
+
+
+@pytest.mark.parametrize("name", ["w4a16-act-order", "w8a8-static", "gptq", "awq", "fp8-hf-block-32", "bnb-nf4-nested"])
+def test_a_tensor_that_is_missing_or_of_another_form_is_named(
+    checkpoints: TinyCheckpoints, tmp_path: Path, name: str
+) -> None:
+    directory, _ = write_quantized(checkpoints.get("llama"), tmp_path, RECIPES[name])
+    config, tensors = ModelConfig.load(directory), load_file(directory / SINGLE)
+    layer = "model.layers.1.mlp.down_proj"
+    # Every one but the order of groups that are in order.
+    names = [item for item in tensors if item.startswith(layer) and not (name == "gptq" and item.endswith("g_idx"))]
+    assert len(names) > 1
+    for item in names:
+        damaged = {
+            "lacks": {other: tensor for other, tensor in tensors.items() if other != item},
+            "shape": {**tensors, item: tensors[item].new_zeros((3, 5, 7))},
+            "dtype": {**tensors, item: tensors[item].to(torch.float64)},
+        }
+        for kind, content in damaged.items():
+            save_file(content, directory / SINGLE)
+            with pytest.raises(CheckpointError, match=f"{kind}.*{re.escape(item)}|does not know.*{re.escape(layer)}"):
+                load_weights(create_model(config, torch.float32, "cpu"), directory, config)
+
+
+def test_a_wrong_group_size_is_refused(checkpoints: TinyCheckpoints, tmp_path: Path) -> None:
+    for name, key in (("gptq", "group_size"), ("awq", "group_size")):
+        directory, _ = write_quantized(checkpoints.get("llama"), tmp_path / name, RECIPES[name])
+        change_config(directory, lambda values, key=key: values.update({key: 16}))
+        config = ModelConfig.load(directory)
+        with pytest.raises(CheckpointError, match=r"shape config.json implies: .*scales \(\[2, "):
+            load_weights(create_model(config, torch.float32, "cpu"), directory, config)

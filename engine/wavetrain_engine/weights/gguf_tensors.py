@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.gguf.block_types import DENSE_TYPES, can_decode
-from wavetrain_engine.gguf.gguf_file import GgufFile, StoredTensor
+from wavetrain_engine.gguf.gguf_file import GgufFile, TensorRecord
 from wavetrain_engine.gguf.metadata import shown
 from wavetrain_engine.gguf.model_values import ROPE_FACTORS, architecture_of
 from wavetrain_engine.weights.safetensors_header import TensorEntry
@@ -101,7 +101,7 @@ def _check_types(file: GgufFile) -> None:
             )
 
 
-def _renamed(stored: StoredTensor, file: GgufFile) -> Iterator[GgufTensor]:
+def _renamed(stored: TensorRecord, file: GgufFile) -> Iterator[GgufTensor]:
     """Yields one tensor, or each expert's of a stack."""
     architecture = architecture_of(file.metadata)
     plain = GgufTensor(

@@ -69,7 +69,10 @@ def _format_of(
     stored = quantization.format_of(layer, kind)
     if stored is None or name not in tensors or tensors[name].dtype not in FLOAT_DTYPES:
         return stored
-    wanted = _layer_specs(layer, target, stored)
+    try:
+        wanted = _layer_specs(layer, target, stored)
+    except CheckpointError:  # of sizes that cannot be stored so, which a plain weight is no wonder then
+        return None
     others = [item for item, spec in wanted.items() if item != name and not spec.is_optional]
     return stored if any(item in tensors for item in others) else None
 
