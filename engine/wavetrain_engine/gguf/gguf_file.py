@@ -27,12 +27,14 @@ _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_FILES = 1000
+# Ten times those of the models with most experts, each a tensor of its own in old files.
+_MAX_TENSORS = 2**17
 _ALIGNMENT = "general.alignment"
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TensorRecord:
     """One tensor: bytes [begin, end) of a file; `dtype` in the format's own spelling (F32, Q4_K, ...)."""
 
     file: Path
@@ -54,7 +56,7 @@ class GgufFile:
 
     path: Path
     metadata: Metadata
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, TensorRecord]
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -111,8 +113,8 @@ def _open_one(path: Path) -> GgufFile:
             cursor = ByteCursor(file, size, name)
             _check_version(cursor, name)
             num_tensors, num_values = cursor.number("Q", "its counts"), cursor.number("Q", "its counts")
-            # At least 12 and 24 bytes each: neither number can keep us busy beyond what the file holds.
-            if 12 * num_values + 24 * num_tensors > size:
+            # At least 12 and 32 bytes each: neither number can keep us busy beyond what the file holds.
+            if 12 * num_values + 32 * num_tensors > size or num_tensors > _MAX_TENSORS:
                 raise CheckpointError(
                     f"{name} is truncated or lies about its sizes: {num_values} metadata values and {num_tensors} "
                     f"tensors do not fit into its {size} bytes; download it again"
@@ -176,9 +178,9 @@ def _read_info(cursor: ByteCursor, file_name: str, alignment: int) -> _Info:
     return _Info(name, block.name, tuple(reversed(dimensions)), num_bytes, offset)
 
 
-def _place(path: Path, infos: list[_Info], start: int, alignment: int, size: int) -> dict[str, StoredTensor]:
+def _place(path: Path, infos: list[_Info], start: int, alignment: int, size: int) -> dict[str, TensorRecord]:
     """Returns where the tensors are, having checked that they lie one after the other and inside the file."""
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, TensorRecord] = {}
     expected = 0
     for info in infos:
         what = f"tensor {shown(info.name)}"
@@ -195,6 +197,6 @@ def _place(path: Path, infos: list[_Info], start: int, alignment: int, size: int
                 f"{path.name} is truncated: {what} needs bytes {begin} to {begin + info.num_bytes}, the file has "
                 f"{size}; download it again"
             )
-        tensors[info.name] = StoredTensor(path, info.name, info.dtype, info.shape, begin, begin + info.num_bytes)
+        tensors[info.name] = TensorRecord(path, info.name, info.dtype, info.shape, begin, begin + info.num_bytes)
         expected = -(-(info.offset + info.num_bytes) // alignment) * alignment
     return tensors

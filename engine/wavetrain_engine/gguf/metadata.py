@@ -13,8 +13,8 @@ from wavetrain_engine.gguf.byte_cursor import ByteCursor
 # The format's numbers of value types → codes of the struct module.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _BOOL, _STRING, _ARRAY = 6, 7, 8, 9
-# Above, the struct module has no float32: between the largest one and the next power of two.
-_FLOAT32_END = 3.4e38
+# From here on a number rounds to no float32, which the struct module refuses.
+_FLOAT32_END = 3.4028235677973366e38
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fakes.gguf_files import encode, text, write_raw
+from fakes.gguf_files import encode, random_blocks, text, write_raw
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.gguf.block_types import BlockType, can_decode
 from wavetrain_engine.gguf.byte_cursor import ByteCursor
@@ -26,6 +27,7 @@ from wavetrain_engine.gguf.model_values import config_values, frequency_factors,
 from wavetrain_engine.gguf.tokenizer import GgufTokenizer
 from wavetrain_engine.gguf.vocabulary import chat_templates
 from wavetrain_engine.model_location import ModelLocation
+from wavetrain_engine.weights.gguf_reader import read_dense, read_quantized
 from wavetrain_engine.weights.gguf_tensors import gguf_tensors
 
 F32 = int(GGMLQuantizationType.F32)
@@ -48,6 +50,10 @@ def write_small(path: Path, tensors: dict[str, np.ndarray] | None = None, **valu
     default = {"token_embd.weight": np.ones((4, 8), np.float32), "rope_freqs.weight": np.ones(2, np.float32)}
     for name, tensor in (default if tensors is None else tensors).items():
         writer.add_tensor(name, tensor)
+    if tensors is None:
+        for name, kind in (("blk.0.attn_q.weight", "Q8_0"), ("blk.0.attn_v.weight", "IQ4_NL")):
+            blocks = random_blocks(kind, 4, 32)
+            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[kind])
     writer.data_alignment = 64
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -179,10 +185,16 @@ def read_everything(path: Path, content: bytes) -> None:
     if file is None:
         return
     assert all(0 < tensor.begin <= tensor.end <= len(content) for tensor in file.tensors.values())
-    for read in (gguf_tensors, config_values, frequency_factors, generation_values):
+    for read in (read_tensors, config_values, frequency_factors, generation_values):
         attempt(read, file)
     attempt(chat_templates, file.metadata)
     attempt(GgufTokenizer.read, file.metadata)
+
+
+def read_tensors(file: GgufFile) -> None:
+    for tensor in gguf_tensors(file).values():
+        read_dense(tensor, torch.empty(tensor.shape))
+        read_quantized(tensor)
 
 
 def attempt(read: Callable[[Any], Any], source: object) -> Any:
