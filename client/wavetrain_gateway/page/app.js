@@ -87,12 +87,12 @@ async function run(prompt) {
       if (part.finishReason === "length") note = "ended at max tokens";
       at("figures").textContent = figures(progress);
     }
-    if (chat) conversation.messages.push({ role: "user", content: prompt }, { role: "assistant", content: answer.text });
+    if (chat) conversation.remember(prompt, answer.text);
   } catch (error) {
     note = error.name === "AbortError" ? "stopped" : "failed";
     if (error.name !== "AbortError") showError(error instanceof ApiError ? error : new ApiError("the gateway does not answer"));
-    if (chat && answer.text) conversation.messages.push({ role: "user", content: prompt }, { role: "assistant", content: answer.text });
-    if (!progress.first) at("prompt").value = prompt; // so that it can be sent again
+    if (chat && answer.text && answer.isShown) conversation.remember(prompt, answer.text);
+    if (!progress.first && answer.isShown) at("prompt").value = prompt; // so that it can be sent again
   } finally {
     answer.end([note, figures(progress)].filter(Boolean).join("; "));
     running = null;
@@ -105,6 +105,12 @@ function setRunning(isRunning) {
   at("stop").disabled = !isRunning;
   showState(isRunning ? "generating" : "ready");
   if (!isRunning) at("prompt").focus();
+}
+
+function clear() {
+  running?.abort();
+  conversation.clear();
+  showError(null);
 }
 
 function send(event) {
@@ -138,10 +144,11 @@ function start() {
   });
   at("form").addEventListener("submit", send);
   at("stop").addEventListener("click", () => running?.abort());
-  at("clear").addEventListener("click", () => conversation.clear());
+  at("clear").addEventListener("click", clear);
   at("mode").addEventListener("change", () => {
-    conversation.clear();
+    clear();
     at("system-field").hidden = !isChat();
+    at("prompt-label").textContent = isChat() ? "Message" : "Prompt";
   });
   at("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);

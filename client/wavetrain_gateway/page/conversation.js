@@ -28,6 +28,11 @@ export class Conversation {
     return new Message(this, article, body);
   }
 
+  // What later messages go along with.
+  remember(prompt, answer) {
+    this.messages.push({ role: "user", content: prompt }, { role: "assistant", content: answer });
+  }
+
   // Stays at the end for those who are there.
   follow(isForced = false) {
     const isAtEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 120;
@@ -45,6 +50,10 @@ class Message {
   append(text) {
     this.node.appendData(text);
     this.conversation.follow();
+  }
+
+  get isShown() {
+    return this.article.isConnected;
   }
 
   get text() {
