@@ -171,7 +171,7 @@ def _numbers(array: MetadataArray) -> tuple[int | float, ...]:
 
 def _shortest(value: float) -> float:
     """Returns the shortest decimal that rounds to a float32."""
-    for num_digits in range(6, 9):
+    for num_digits in range(1, 10):
         short = float(f"{value:.{num_digits}g}")
         if abs(short) < _FLOAT32_END and struct.unpack("<f", struct.pack("<f", short))[0] == value:
             return short
