@@ -19,6 +19,7 @@ from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.kv_cache import KVCache
 from wavetrain_kernels.lora_adapters import LoraAdapters, LoraBatch
 from wavetrain_kernels.program import Program
+from wavetrain_kernels.quantized_inputs import QuantizedInputKernels
 from wavetrain_kernels.quantized_weight import QuantizedWeight
 
 
@@ -49,6 +50,7 @@ class KernelSet:
             kernels have no form for the weight's scheme
         quantized_linear: (out, x, packed, bias)
         quantized_gated_linear: (out, x, packed, bias, activation)
+        quantized_inputs: norms, gates and projections with 8-bit rows between them; None: there are none
         empty_experts: (num_experts, out_features, in_features, is_gated, dtype, device) -> the data of PackedExperts
         pack_expert: (packed, expert, weight, is_gated)
         route_experts: (weights_out, expert_ids_out, logits, renormalize)
@@ -90,6 +92,7 @@ class KernelSet:
     pack_quantized: Callable[[QuantizedWeight, torch.dtype, bool], Any | None]
     quantized_linear: Callable[[Tensor, Tensor, Any, Tensor | None], None]
     quantized_gated_linear: Callable[[Tensor, Tensor, Any, Tensor | None, str], None]
+    quantized_inputs: QuantizedInputKernels | None = None
     empty_experts: Callable[[int, int, int, bool, torch.dtype, torch.device], Tensor]
     pack_expert: Callable[[Tensor, int, Tensor, bool], None]
     route_experts: Callable[[Tensor, Tensor, Tensor, bool], None]

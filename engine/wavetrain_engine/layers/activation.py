@@ -24,6 +24,11 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = GatedLinear(hidden_size, intermediate_size, activation, bias=bias, dtype=dtype)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def input_weight(self) -> ops.PackedWeight | None:
+        """The only weight that reads this block's input; None: there are several."""
+        return self.gate_up_proj.only_weight
+
+    def forward(self, x: ops.Rows) -> Tensor:
         """Returns down(act(gate(x)) * up(x))."""
-        return self.down_proj(self.gate_up_proj(x))
+        return self.down_proj(self.gate_up_proj(x, self.down_proj.only_weight))

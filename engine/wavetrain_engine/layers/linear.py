@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from wavetrain_engine.layers.parameter import PackedModule, empty_parameter
 from wavetrain_kernels import ops
-from wavetrain_kernels.ops import PackedWeight, QuantizedWeight
+from wavetrain_kernels.ops import PackedWeight, QuantizedWeight, Rows
 from wavetrain_kernels.quantized_weight import can_stack, stack
 
 # T = tokens of the step.
@@ -30,6 +30,11 @@ class Linear(PackedModule):
     def is_separate(self) -> bool:
         """Whether its parts are weights of their own, as they are of different schemes."""
         return bool(self._separate)
+
+    @property
+    def only_weight(self) -> PackedWeight | None:
+        """The weight; None where its parts are weights of their own."""
+        return None if self._separate else self.packed
 
     def pack_parts(self, parts: Sequence[Tensor | QuantizedWeight]) -> int:
         """Takes the weight as it is quantized, in parts by rows, instead of `pack`.
@@ -53,13 +58,13 @@ class Linear(PackedModule):
         self._separate = [_pack(part, dtype) for part in parts]
         return sum(_packed_bytes(packed, part) for packed, part in zip(self._separate, parts, strict=True))
 
-    def project_parts(self, x: Tensor) -> list[Tensor]:
+    def project_parts(self, x: Rows) -> list[Tensor]:
         """Returns the products [T, out] with parts that are weights of their own, one by one."""
         sizes = [weight.out_features for weight in self._separate]
         biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
         return [ops.linear(x, weight, bias) for weight, bias in zip(self._separate, biases, strict=True)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         """Returns x times the weight transposed, plus the bias."""
         return torch.cat(self.project_parts(x), -1) if self._separate else ops.linear(x, self.packed, self.bias)
 
@@ -76,7 +81,7 @@ class MergedLinear(Linear):
         super().__init__(in_features, sum(parts.values()), bias=bias, dtype=dtype)
         self.parts = dict(parts)
 
-    def split(self, x: Tensor) -> Sequence[Tensor]:
+    def split(self, x: Rows) -> Sequence[Tensor]:
         """Returns the product with each projection, [T, its rows]."""
         return self.project_parts(x) if self.is_separate else self.forward(x).split(list(self.parts.values()), -1)
 
@@ -92,13 +97,13 @@ class GatedLinear(MergedLinear):
         super().__init__(in_features, {"gate_proj": out_features, "up_proj": out_features}, bias=bias, dtype=dtype)
         self._activation: ops.GatedActivation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the gated units."""
+    def forward(self, x: Rows, inputs_for: PackedWeight | None = None) -> Rows:
+        """Returns the gated units, as the weight wants them that will read them."""
         if self.is_separate:
             gate, up = (part.float() for part in self.project_parts(x))
             gate = functional.silu(gate) if self._activation == "silu" else functional.gelu(gate, approximate="tanh")
             return (gate * up).to(x.dtype)
-        return ops.gated_linear(x, self.packed, self._activation, self.bias)
+        return ops.gated_linear(x, self.packed, self._activation, self.bias, inputs_for=inputs_for)
 
 
 class OutputHead(Linear):
@@ -107,7 +112,7 @@ class OutputHead(Linear):
     def __init__(self, in_features: int, vocab_size: int, *, dtype: torch.dtype) -> None:
         super().__init__(in_features, vocab_size, bias=False, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         """Returns the logits."""
         return ops.linear(x, self.packed, dtype=torch.float32)
 

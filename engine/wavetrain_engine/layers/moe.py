@@ -32,7 +32,7 @@ class Router(Linear):
     def __init__(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
         super().__init__(hidden_size, num_experts, bias=False, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: ops.Rows) -> Tensor:
         """Returns the logits."""
         return ops.linear(x, self.packed, dtype=torch.float32)
 

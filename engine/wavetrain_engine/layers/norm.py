@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,21 @@ class RMSNorm(nn.Module):
         """Returns the normalized x."""
         return ops.rms_norm(x, self.weight, self.eps, weight_offset=self.weight_offset)
 
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns (normalized x + residual, x + residual); without a residual yet, x begins it."""
+    @overload
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def add(
+        self, x: Tensor, residual: Tensor | None, inputs_for: ops.PackedWeight | None
+    ) -> tuple[ops.Rows, Tensor]: ...
+    def add(
+        self, x: Tensor, residual: Tensor | None, inputs_for: ops.PackedWeight | None = None
+    ) -> tuple[ops.Rows, Tensor]:
+        """Returns (normalized x + residual, x + residual); without a residual yet, x begins it.
+
+        Args:
+            inputs_for: the weight that will read what is normalized, if it is the only one.
+        """
+        weight, eps, offset = self.weight, self.eps, self.weight_offset
         if residual is None:
-            return self.forward(x), x
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, weight_offset=self.weight_offset)
+            return ops.rms_norm(x, weight, eps, weight_offset=offset, inputs_for=inputs_for), x
+        return ops.add_rms_norm(x, residual, weight, eps, weight_offset=offset, inputs_for=inputs_for)

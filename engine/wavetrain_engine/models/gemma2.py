@@ -56,11 +56,11 @@ class Gemma2Layer(nn.Module):
 
         Keys and values are those of all tokens, what is returned that of the wanted ones.
         """
-        x, residual = self.input_layernorm.add(x, residual)
-        x = self.post_attention_layernorm(self.self_attn(x, positions, kv_cache, metadata, wanted))
+        rows, residual = self.input_layernorm.add(x, residual, self.self_attn.input_weight)
+        x = self.post_attention_layernorm(self.self_attn(rows, positions, kv_cache, metadata, wanted))
         residual = select_wanted(residual, wanted)
-        x, residual = self.pre_feedforward_layernorm.add(x, residual)
-        return self.post_feedforward_layernorm(self.mlp(x)), residual
+        rows, residual = self.pre_feedforward_layernorm.add(x, residual, self.mlp.input_weight)
+        return self.post_feedforward_layernorm(self.mlp(rows)), residual
 
 
 class Gemma2(Model):

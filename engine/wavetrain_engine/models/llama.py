@@ -39,9 +39,14 @@ class LlamaAttention(nn.Module):
             soft_cap=config.attention_soft_cap,
         )
 
+    @property
+    def input_weight(self) -> ops.PackedWeight | None:
+        """The only weight that reads this block's input; None: there are several."""
+        return self.qkv_proj.only_weight
+
     def forward(
         self,
-        x: Tensor,
+        x: ops.Rows,
         positions: Tensor,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
@@ -95,10 +100,11 @@ class LlamaLayer(nn.Module):
 
         Keys and values are those of all tokens, what is returned that of the wanted ones.
         """
-        x, residual = self.input_layernorm.add(x, residual)
-        x, residual = self.self_attn(x, positions, kv_cache, metadata, wanted), select_wanted(residual, wanted)
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x), residual
+        rows, residual = self.input_layernorm.add(x, residual, self.self_attn.input_weight)
+        x, residual = self.self_attn(rows, positions, kv_cache, metadata, wanted), select_wanted(residual, wanted)
+        reader = self.mlp.input_weight if isinstance(self.mlp, GatedMLP) else None
+        rows, residual = self.post_attention_layernorm.add(x, residual, reader)
+        return self.mlp(rows), residual
 
 
 class Llama(Model):

@@ -62,8 +62,8 @@ class MixtralLayer(nn.Module):
 
         Keys and values are those of all tokens, what is returned that of the wanted ones.
         """
-        x, residual = self.input_layernorm.add(x, residual)
-        x, residual = self.self_attn(x, positions, kv_cache, metadata, wanted), select_wanted(residual, wanted)
+        rows, residual = self.input_layernorm.add(x, residual, self.self_attn.input_weight)
+        x, residual = self.self_attn(rows, positions, kv_cache, metadata, wanted), select_wanted(residual, wanted)
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.block_sparse_moe(x), residual
 

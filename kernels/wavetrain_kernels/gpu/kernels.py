@@ -25,10 +25,12 @@ from wavetrain_kernels.gpu import (
     norm,
     penalties,
     quantized_linear,
+    quantized_rows,
     rotary,
 )
 from wavetrain_kernels.gpu.launch import count_compilations
 from wavetrain_kernels.kernel_set import KernelSet
+from wavetrain_kernels.quantized_inputs import QuantizedInputKernels
 from wavetrain_kernels.reference.kernels import REFERENCE
 
 _LOG = logging.getLogger(__name__)
@@ -50,6 +52,13 @@ GPU = dataclasses.replace(
     pack_quantized=quantized_linear.pack_quantized,
     quantized_linear=quantized_linear.quantized_linear,
     quantized_gated_linear=quantized_linear.quantized_gated_linear,
+    quantized_inputs=QuantizedInputKernels(
+        new=quantized_rows.new_inputs,
+        rms_norm=quantized_rows.rms_norm,
+        add_rms_norm=quantized_rows.add_rms_norm,
+        linear=quantized_linear.quantized_linear,
+        gated_linear=quantized_linear.quantized_gated_linear,
+    ),
     route_experts=moe_routing.route_experts,
     fused_moe=moe.fused_moe,
     apply_penalties=penalties.apply_penalties,

@@ -21,12 +21,10 @@ from wavetrain_kernels.gpu.quantized_rows import new_inputs, quantize_rows
 from wavetrain_kernels.gpu.weight_only_config import weight_only_config
 from wavetrain_kernels.gpu.weight_only_product import weight_only_product
 from wavetrain_kernels.gpu.widened_weight import widen_weight
-from wavetrain_kernels.quantized_inputs import QuantizedInputs
+from wavetrain_kernels.quantized_inputs import QuantizedInputs, Rows
 from wavetrain_kernels.quantized_weight import QuantizedWeight
 
 # T = rows, N = outputs, K = inputs.
-
-Rows = Tensor | QuantizedInputs
 
 
 def pack_quantized(weight: QuantizedWeight, dtype: torch.dtype, is_gated: bool) -> PackedQuantized | None:

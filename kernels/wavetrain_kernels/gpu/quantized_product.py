@@ -41,7 +41,7 @@ class QuantizedProductConfig:
     num_stages: int
 
 
-# From the largest, which reads least; the sums of 256 rows leave no registers for those of a group.
+# From the largest, which reads least.
 _TILES = (
     QuantizedProductConfig(128, 256, 8, 4),
     QuantizedProductConfig(128, 128, 8, 4),
@@ -51,10 +51,14 @@ _TILES = (
 
 
 def quantized_product_config(
-    bucket: int, out_features: int, device: DeviceTraits, *, is_grouped: bool, measured: dict[str, Any] | None = None
+    bucket: int, out_features: int, device: DeviceTraits, *, sums_twice: bool, measured: dict[str, Any] | None = None
 ) -> QuantizedProductConfig:
-    """Returns the configuration for a bucket of rows: the largest tile of which every SM has one, else the smallest."""
-    most = 256 if device.capability[0] == 9 and not is_grouped else 128
+    """Returns the configuration for a bucket of rows: the largest tile of which every SM has one, else the smallest.
+
+    Args:
+        sums_twice: sums of 128 inputs are added up apart from the whole, so a tile has twice the registers.
+    """
+    most = 256 if device.capability[0] == 9 and not sums_twice else 128
     tiles = [config for config in _TILES if config.block_t <= most]
     config = tiles[-1]
     for candidate in tiles:
@@ -133,7 +137,7 @@ def quantized_product(
     """out [T, N] = x @ weight.T + bias, or [T, N / 2] its gated units; x rounded for this weight."""
     num_rows, shape = x.num_rows, packed.shape
     is_grouped, has_groups = x.scales.shape[1] > 1, shape.group_size > 0
-    config = _config(num_rows, shape.out_features, x.values.device, shape.in_features, is_grouped or has_groups)
+    config = _config(x, packed, sums_twice=is_grouped or has_groups or packed.scheme.values == "fp8")
     launch(
         _quantized_product_kernel,
         (cdiv(num_rows, config.block_t) * cdiv(shape.out_features, config.block_n),),
@@ -152,13 +156,17 @@ def quantized_product(
     )
 
 
-def _config(
-    num_rows: int, out_features: int, device: torch.device, in_features: int, is_grouped: bool
-) -> QuantizedProductConfig:
-    bucket = 1 << max(num_rows - 1, 0).bit_length()
-    measured = tuned("quantized_product", (bucket, out_features, in_features, int(is_grouped)), device)
-    traits = device_traits(device)
-    return quantized_product_config(bucket, out_features, traits, is_grouped=is_grouped, measured=measured)
+def _config(x: QuantizedInputs, packed: PackedQuantized, *, sums_twice: bool) -> QuantizedProductConfig:
+    shape, device = packed.shape, x.values.device
+    bucket = 1 << max(x.num_rows - 1, 0).bit_length()
+    key = (bucket, shape.out_features, shape.in_features, int(sums_twice))
+    return quantized_product_config(
+        bucket,
+        shape.out_features,
+        device_traits(device),
+        sums_twice=sums_twice,
+        measured=tuned("quantized_product", key, device),
+    )
 
 
 def _constexprs(
@@ -186,12 +194,12 @@ def aot_cases() -> Iterator[AotCase]:
         is_fp8 = values != "i8"
         if is_fp8 and device is A100:
             continue
-        config = quantized_product_config(bucket, size, device, is_grouped=is_grouped)
+        config = quantized_product_config(bucket, size, device, sums_twice=is_grouped or is_fp8)
         constexprs = _constexprs(size, 4096, 1.0, activation, config)
         constexprs |= {"HAS_GROUPS": is_grouped, "IS_GROUPED": is_grouped, "bias_ptr": None}
         signature = {"out_ptr": "*bf16", "values_ptr": f"*{values}", "weight_ptr": f"*{values}", "num_rows": "i32"}
         signature |= {"value_scales_ptr": "*fp32", "weight_scales_ptr": "*fp32"}
-        name = f"quantized_product/{values}/{size}/n{config.block_n}t{config.block_t}s{config.num_stages}"
+        name = f"quantized_product/{values}/{size}/{'' if device is H200 else 'a100/'}n{config.block_n}t{config.block_t}s{config.num_stages}"
         name += f"{'/grouped' if is_grouped else ''}{f'/{activation}' if activation else ''}"
         cases[name] = AotCase(
             name,
@@ -201,6 +209,6 @@ def aot_cases() -> Iterator[AotCase]:
             config.num_warps,
             config.num_stages,
             expects_wgmma=True,
-            archs=("sm_90", "sm_100") if is_fp8 else None,
+            archs=("sm_90", "sm_100") if device is H200 else ("sm_80",),
         )
     yield from cases.values()

@@ -57,6 +57,7 @@ def new_inputs(packed: PackedQuantized, num_rows: int) -> QuantizedInputs | None
     width = shape.num_blocks * shape.block_k
     num_groups = shape.num_blocks if _input_group(packed) else 1
     return QuantizedInputs(
+        packed=packed,
         values=packed.words.new_empty((num_rows, width), dtype=_DTYPES[packed.scheme.inputs]),
         scales=packed.scales.new_empty((num_rows, num_groups)),
         static_scale=packed.input_scale,
@@ -192,6 +193,25 @@ def quantize_rows(out: QuantizedInputs, x: Tensor, *, norm: Norm | None = None, 
     )
 
 
+def rms_norm(out: QuantizedInputs, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> None:
+    """out = the rows of x / rms(x) * (weight + weight_offset), rounded."""
+    quantize_rows(out, x, norm=Norm(weight=weight, eps=eps, offset=weight_offset))
+
+
+def add_rms_norm(
+    out: QuantizedInputs,
+    residual_out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_offset: float,
+) -> None:
+    """residual_out = x + residual, rounded to their type; out = rms_norm(residual_out)."""
+    norm = Norm(weight=weight, eps=eps, offset=weight_offset, residual=residual, residual_out=residual_out)
+    quantize_rows(out, x, norm=norm)
+
+
 def _constexprs(
     size: int, width: int, is_grouped: bool, norm: Norm | None, activation: str | None
 ) -> dict[str, int | bool]:
@@ -253,5 +273,5 @@ def aot_cases() -> Iterator[AotCase]:
                 constexprs,
                 _num_warps(width),
                 1,
-                is_decode=True,
+                is_decode=size <= 4096,  # wider rows may spill a register: many rows, each read once
             )

@@ -42,8 +42,9 @@ class WeightOnlyConfig:
 
 def row_tile(bucket: int, *, has_codebook: bool, device: DeviceTraits) -> int:
     """Returns how many rows a tile has: no more than registers hold the sums of, which on Hopper are most."""
-    most = _ROW_TILES[-1] if device.capability[0] == 9 and not has_codebook else 64
-    return min(bucket, most)
+    if has_codebook:
+        return min(bucket, 32)
+    return min(bucket, _ROW_TILES[-1] if device.capability[0] == 9 else 64)
 
 
 def weight_only_config(num_rows: int, shape: QuantizedShape, device: torch.device) -> WeightOnlyConfig:

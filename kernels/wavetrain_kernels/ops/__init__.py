@@ -23,6 +23,7 @@ from wavetrain_kernels.ops.sampling import (
 from wavetrain_kernels.packed_experts import PackedExperts
 from wavetrain_kernels.packed_weight import PackedWeight
 from wavetrain_kernels.program import Program
+from wavetrain_kernels.quantized_inputs import QuantizedInputs, Rows
 from wavetrain_kernels.quantized_weight import QuantizationScheme, QuantizedWeight
 from wavetrain_kernels.reference.quantized_linear import dequantize
 from wavetrain_kernels.wanted_tokens import WantedTokens
@@ -37,7 +38,9 @@ __all__ = [
     "PackedWeight",
     "Program",
     "QuantizationScheme",
+    "QuantizedInputs",
     "QuantizedWeight",
+    "Rows",
     "WantedTokens",
     "add_rms_norm",
     "allocate_kv_cache",

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from wavetrain_kernels.errors import DtypeError, ShapeError
+from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.ops.dispatch import implementation
+from wavetrain_kernels.ops.quantized_inputs import new_inputs
 from wavetrain_kernels.packed_weight import PackedWeight
+from wavetrain_kernels.quantized_inputs import QuantizedInputKernels, QuantizedInputs, Rows
 from wavetrain_kernels.quantized_weight import QuantizationScheme, QuantizedWeight
 from wavetrain_kernels.reference.quantized_linear import dequantize
 
@@ -82,7 +85,7 @@ def _say_widened(kernels: str, scheme: QuantizationScheme) -> None:
     _LOG.warning("the %s kernels have no form for weights of %s: they are held unquantized", kernels, scheme)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+def linear(x: Rows, weight: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """Returns x [T, in] times weight [out, in] transposed, plus bias [out].
 
     Sums are float32 or better. An element's value depends on its row of x alone, never on the other rows, where the
@@ -101,17 +104,42 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, dtype
     if dtype not in (None, x.dtype, torch.float32):
         raise DtypeError(f"the result must be of x's dtype {x.dtype} or float32, not {dtype}")
     kernels = implementation(x.device)
+    if isinstance(x, QuantizedInputs):
+        out = kernels.empty((x.num_rows, weight.out_features), dtype or x.dtype, x.device)
+        _of_quantized(kernels).linear(out, x, weight.data, bias)
+        return out
     out = kernels.empty((x.shape[0], weight.out_features), dtype or x.dtype, x.device)
     compute = kernels.linear if weight.scheme is None else kernels.quantized_linear
     compute(out, x, weight.data, bias)
     return out
 
 
-def gated_linear(x: Tensor, weight: PackedWeight, activation: GatedActivation, bias: Tensor | None = None) -> Tensor:
+@overload
+def gated_linear(
+    x: Rows, weight: PackedWeight, activation: GatedActivation, bias: Tensor | None = None, *, inputs_for: None = None
+) -> Tensor: ...
+@overload
+def gated_linear(
+    x: Rows,
+    weight: PackedWeight,
+    activation: GatedActivation,
+    bias: Tensor | None = None,
+    *,
+    inputs_for: PackedWeight | None,
+) -> Rows: ...
+def gated_linear(
+    x: Rows,
+    weight: PackedWeight,
+    activation: GatedActivation,
+    bias: Tensor | None = None,
+    *,
+    inputs_for: PackedWeight | None = None,
+) -> Rows:
     """Returns act(gate) * up as [T, out / 2], where gate and up are the halves of x [T, in] times weight, plus bias.
 
     Args:
         activation: `silu`, or `gelu_tanh`: gelu's tanh approximation.
+        inputs_for: the weight that will read the result, and it alone: it may come as that weight's kernels want it.
 
     Raises:
         ShapeError: the sizes do not fit, or the weight is not gated.
@@ -121,16 +149,32 @@ def gated_linear(x: Tensor, weight: PackedWeight, activation: GatedActivation, b
         raise ShapeError("gated_linear needs a weight packed with is_gated")
     _check(x, weight, bias)
     kernels = implementation(x.device)
-    out = kernels.empty((x.shape[0], weight.out_features // 2), x.dtype, x.device)
+    shape = (x.num_rows if isinstance(x, QuantizedInputs) else x.shape[0], weight.out_features // 2)
+    rounded = None if weight.scheme is None else new_inputs(kernels, shape, x.dtype, inputs_for)
+    if rounded is not None:
+        rounded.kernels.gated_linear(rounded.rows, x, weight.data, bias, activation)
+        return rounded.rows
+    out = kernels.empty(shape, x.dtype, x.device)
+    if isinstance(x, QuantizedInputs):
+        _of_quantized(kernels).gated_linear(out, x, weight.data, bias, activation)
+        return out
     compute = kernels.gated_linear if weight.scheme is None else kernels.quantized_gated_linear
     compute(out, x, weight.data, bias, activation)
     return out
 
 
-def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
-    if x.dim() != 2 or x.shape[1] != weight.in_features:
+def _of_quantized(kernels: KernelSet) -> QuantizedInputKernels:
+    assert kernels.quantized_inputs is not None, "8-bit rows are made by nobody else"
+    return kernels.quantized_inputs
+
+
+def _check(x: Rows, weight: PackedWeight, bias: Tensor | None) -> None:
+    if isinstance(x, QuantizedInputs):
+        if x.packed is not weight.data:
+            raise ShapeError("x was rounded for another weight")
+    elif x.dim() != 2 or x.shape[1] != weight.in_features:
         raise ShapeError(f"x must be [T, {weight.in_features}], got {list(x.shape)}")
-    if not x.is_floating_point() or weight.dtype != x.dtype:
+    elif not x.is_floating_point() or weight.dtype != x.dtype:
         raise DtypeError(f"x and weight must have one floating-point dtype, got {x.dtype} and {weight.dtype}")
     if bias is not None:
         if bias.dim() != 1 or bias.shape[0] != weight.out_features:
