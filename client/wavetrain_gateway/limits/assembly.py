@@ -71,6 +71,6 @@ def _make_store(redis_url: str, timeout_s: float) -> GuardedStore:
     from wavetrain_gateway.limits.redis_storage import RefundingRedisStorage
 
     storage = RefundingRedisStorage.at(redis_url)
-    guard = StoreGuard(storage.ping, (RedisError,), storage.close, timeout_s=timeout_s)
+    guard = StoreGuard(storage.warm_up, (RedisError,), storage.close, timeout_s=timeout_s)
     # Moving windows on Redis go by the time of day, which the gateways share.
     return GuardedStore(Windows(storage, storage_clock=time.time), guard)

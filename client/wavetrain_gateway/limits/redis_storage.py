@@ -7,6 +7,7 @@ names are the library's: `{key}` the current window of a sliding counter, `{key}
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 from limits.aio.storage import RedisStorage
@@ -72,13 +73,18 @@ class RefundingRedisStorage(RedisStorage):
         window = self._previous_window_key(key) if is_shifted else self._current_window_key(key)
         await self._refund([self.bridge.prefixed_key(window)], [amount])
 
-    async def ping(self) -> None:
-        """Asks the server for a sign of life.
+    async def warm_up(self) -> None:
+        """Connects, and brings the scripts to the server: what the first requests would else have to wait for.
 
         Raises:
-            redis.RedisError: it gives none.
+            redis.RedisError: the server does not answer.
         """
-        await self._redis.ping()
+        bridge = cast("Any", self.bridge)
+        scripts = (bridge.lua_acquire_moving_window, bridge.lua_moving_window, self._refund)
+        sliding = (bridge.lua_acquire_sliding_window, bridge.lua_sliding_window)
+        for script in (*scripts, *sliding):
+            await self._redis.script_load(script.script)
+        await asyncio.gather(*(self._redis.ping() for _ in range(_MAX_CONNECTIONS)))
 
     async def close(self) -> None:
         """Closes the connections."""

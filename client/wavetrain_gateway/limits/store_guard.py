@@ -2,8 +2,8 @@
 """Calls to a shared store that never hold a request up: a store that is slow or gone is left alone until it is back.
 
 The time-out is one of silence, not of a call: a store that answers others is alive, however many wait for it, and 200
-requests at once are no outage. It runs in two halves, with a turn of the event loop between them, so that answers
-that lie unread because the loop was busy are read before the store is blamed.
+requests at once are no outage. It is counted in short waits, each with a turn of the event loop, and not by a clock:
+while the loop is busy with other things, answers lie unread, and the store is not to blame.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
 
 SILENCE_TIMEOUT_S = 0.005
+_NUM_WAITS = 8  # an answer passes several turns of the loop on its way from the socket to its caller
 PROBE_PERIOD_S = 0.5
 PROBE_TIMEOUT_S = 1.0
 
@@ -38,7 +38,6 @@ class StoreGuard:
         what: the store's name, for the log.
         timeout_s: how long the store may be silent.
         probe_period_s: how often a store that is down is asked whether it is back.
-        clock: monotonic seconds.
 
     Attributes:
         num_failures: how often it was found down.
@@ -53,7 +52,6 @@ class StoreGuard:
         what: str = "Redis",
         timeout_s: float = SILENCE_TIMEOUT_S,
         probe_period_s: float = PROBE_PERIOD_S,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_failures = 0
         self._ping = ping
@@ -62,8 +60,7 @@ class StoreGuard:
         self._what = what
         self._timeout_s = timeout_s
         self._probe_period_s = probe_period_s
-        self._clock = clock
-        self._last_answer_s = clock()
+        self._num_answers = 0
         self._is_down = False
         self._probe: asyncio.Task[None] | None = None
 
@@ -96,21 +93,19 @@ class StoreGuard:
         """
         if self._is_down:
             raise StoreDown
-        asked_s = self._clock()
         task = asyncio.ensure_future(ask())
+        wait_s = self._timeout_s / _NUM_WAITS
+        num_silent, num_answers = 0, self._num_answers
         try:
-            is_suspect = False
-            while not task.done():
-                silent_s = self._clock() - max(asked_s, self._last_answer_s)
-                if silent_s >= self._timeout_s and is_suspect:
-                    break
-                is_suspect = silent_s >= self._timeout_s / 2
-                await asyncio.wait({task}, timeout=self._timeout_s / 2)
-            if task.done():
-                answer = task.result()
-                self._last_answer_s = self._clock()
-                return answer
-            raise asyncio.TimeoutError(f"no answer for {self._timeout_s * 1000:.0f} ms")
+            while num_silent < _NUM_WAITS and not task.done():
+                await asyncio.wait({task}, timeout=wait_s)
+                num_silent = num_silent + 1 if num_answers == self._num_answers else 0
+                num_answers = self._num_answers
+            if not task.done():
+                raise asyncio.TimeoutError(f"no answer for {self._timeout_s * 1000:.0f} ms")
+            answer = task.result()
+            self._num_answers += 1
+            return answer
         except self._failures as error:
             self._fail(error)
             raise StoreDown from None
@@ -137,7 +132,6 @@ class StoreGuard:
             except self._failures:
                 continue
             break
-        self._last_answer_s = self._clock()
         self._is_down = False
         self._probe = None
         _log.warning("%s answers again", self._what)
