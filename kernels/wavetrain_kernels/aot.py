@@ -37,6 +37,8 @@ _KIB = 1024
 # Shared memory that one block may have (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_LIMITS = {"sm_80": 163 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB}
 _MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+# wgmma's left operand, its second, is a list of registers, and no descriptor of shared memory.
+_REGISTER_OPERAND = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\}, *\{")
 _POINTER_ALIGNMENT = 16
 
 
@@ -98,7 +100,7 @@ def compile_case(case: AotCase, arch: str) -> Compiled:
         matrix_instruction=next((name for name, text in _MATRIX_INSTRUCTIONS.items() if text in ptx), None),
         seconds=round(time.perf_counter() - start, 3),
     )
-    return replace(result, problems=list(_problems(case, result)))
+    return replace(result, problems=list(_problems(case, result, ptx)))
 
 
 def _source(case: AotCase) -> ASTSource:
@@ -137,7 +139,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _problems(case: AotCase, result: Compiled) -> Iterator[str]:
+def _problems(case: AotCase, result: Compiled, ptx: str) -> Iterator[str]:
     limit = SHARED_LIMITS[result.arch]
     if result.shared_bytes > limit:
         yield f"{result.shared_bytes} bytes of shared memory, {result.arch} has {limit}"
@@ -145,6 +147,8 @@ def _problems(case: AotCase, result: Compiled) -> Iterator[str]:
         yield f"a decode kernel spills {result.spill_bytes} bytes of registers"
     if case.expects_wgmma and result.arch == "sm_90" and result.matrix_instruction != "wgmma":
         yield f"multiplies with {result.matrix_instruction}, not with wgmma"
+    if case.expects_register_operand and result.arch == "sm_90" and not _REGISTER_OPERAND.search(ptx):
+        yield "takes no operand of wgmma from registers"
 
 
 def main(arguments: list[str] | None = None) -> int:

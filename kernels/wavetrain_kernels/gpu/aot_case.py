@@ -23,6 +23,7 @@ class AotCase:
         num_warps, num_stages, maxnreg: as at the launch.
         is_decode: runs in every decode step, so it must not spill registers.
         expects_wgmma: on sm_90 its matrix products must be warp-group instructions.
+        expects_register_operand: with their left operand in registers.
         archs: the only architectures that are given it; None: all.
     """
 
@@ -34,5 +35,6 @@ class AotCase:
     num_stages: int
     is_decode: bool = False
     expects_wgmma: bool = False
+    expects_register_operand: bool = False
     maxnreg: int | None = None
     archs: tuple[str, ...] | None = None

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -199,7 +198,8 @@ def aot_cases() -> Iterator[AotCase]:
         constexprs |= {"HAS_GROUPS": is_grouped, "IS_GROUPED": is_grouped, "bias_ptr": None}
         signature = {"out_ptr": "*bf16", "values_ptr": f"*{values}", "weight_ptr": f"*{values}", "num_rows": "i32"}
         signature |= {"value_scales_ptr": "*fp32", "weight_scales_ptr": "*fp32"}
-        name = f"quantized_product/{values}/{size}/{'' if device is H200 else 'a100/'}n{config.block_n}t{config.block_t}s{config.num_stages}"
+        name = f"quantized_product/{values}/{size}{'/a100' if device is A100 else ''}"
+        name += f"/n{config.block_n}t{config.block_t}s{config.num_stages}"
         name += f"{'/grouped' if is_grouped else ''}{f'/{activation}' if activation else ''}"
         cases[name] = AotCase(
             name,

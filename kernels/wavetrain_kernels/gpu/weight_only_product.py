@@ -289,5 +289,6 @@ def _aot_case(
         config.num_stages,
         is_decode=config.block_t <= 64,
         expects_wgmma=True,
+        expects_register_operand=True,
         archs=("sm_80",) if device is A100 else ("sm_90", *newest),
     )

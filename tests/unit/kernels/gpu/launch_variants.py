@@ -25,7 +25,7 @@ from wavetrain_kernels import ops
 from wavetrain_kernels.attention_metadata import AttentionMetadata
 from wavetrain_kernels.gpu.kernels import GPU
 from wavetrain_kernels.kv_cache import KVCache
-from wavetrain_kernels.ops import dispatch
+from wavetrain_kernels.ops import PackedWeight, QuantizationScheme, QuantizedWeight, dispatch
 
 DTYPE = torch.bfloat16
 HIDDEN_SIZE, INTERMEDIATE_SIZE, VOCABULARY_SIZE = 96, 160, 300
@@ -39,7 +39,6 @@ _Seen = dict[str, dict[str, None]]
 
 def main() -> None:
     """Runs every scenario over every size."""
-    dispatch._CHOSEN["cpu"] = GPU
     found: dict[str, dict[str, list[str]]] = {}
     for name, scenario in SCENARIOS.items():
         seen: _Seen = defaultdict(dict)
@@ -123,6 +122,47 @@ def rotate_and_quantize(num_tokens: int) -> None:
 def gated_linear(num_tokens: int) -> None:
     out = _made(num_tokens, INTERMEDIATE_SIZE)
     GPU.gated_linear(out, _made(num_tokens, HIDDEN_SIZE), GATED, None, "silu")
+
+
+def _quantized(scheme: QuantizationScheme, out_features: int, in_features: int, is_gated: bool) -> PackedWeight:
+    grid = torch.ones(out_features, -(-in_features // scheme.group_size))
+    if scheme.values == "int4":
+        values = torch.zeros(out_features, in_features // 2, dtype=torch.uint8)
+    else:
+        values = torch.zeros(out_features, in_features, dtype=torch.int8)
+    weight = QuantizedWeight(scheme=scheme, in_features=in_features, values=values, scales=grid)
+    return ops.pack_quantized(weight, dtype=DTYPE, is_gated=is_gated)
+
+
+dispatch._CHOSEN["cpu"] = GPU
+NARROW = QuantizationScheme(values="int4", group_size=32)
+ROUNDED = QuantizationScheme(values="int8", group_size=1024, inputs="int8")
+NARROW_WEIGHT = _quantized(NARROW, HIDDEN_SIZE, HIDDEN_SIZE, False)
+NARROW_GATED = _quantized(NARROW, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, True)
+ROUNDED_WEIGHT = _quantized(ROUNDED, HIDDEN_SIZE, HIDDEN_SIZE, False)
+ROUNDED_DOWN = _quantized(ROUNDED, HIDDEN_SIZE, INTERMEDIATE_SIZE, False)
+
+
+def weights_of_4_bits(num_tokens: int) -> None:
+    """Up to 16 rows: how many a tile has is one of four constants."""
+    ops.linear(_made(num_tokens % 17, HIDDEN_SIZE), NARROW_WEIGHT)
+
+
+def gated_weights_of_4_bits(num_tokens: int) -> None:
+    ops.gated_linear(_made(num_tokens % 17, HIDDEN_SIZE), NARROW_GATED, "silu")
+
+
+def rows_of_8_bits_behind_a_norm(num_tokens: int) -> None:
+    """From 65 rows on, which are rounded."""
+    x = _made(65 + num_tokens, HIDDEN_SIZE)
+    rows, _ = ops.add_rms_norm(x, x.clone(), WEIGHT, 1e-5, inputs_for=ROUNDED_WEIGHT)
+    ops.linear(rows, ROUNDED_WEIGHT)
+
+
+def rows_of_8_bits_behind_a_gate(num_tokens: int) -> None:
+    """From 1025 rows on the weight of the gates is widened."""
+    x = _made(1025 + num_tokens, HIDDEN_SIZE)
+    ops.linear(ops.gated_linear(x, NARROW_GATED, "silu", inputs_for=ROUNDED_DOWN), ROUNDED_DOWN)
 
 
 def embedding(num_tokens: int) -> None:
@@ -219,6 +259,10 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
         rotate_and_cache_with_norms,
         rotate_and_quantize,
         gated_linear,
+        weights_of_4_bits,
+        gated_weights_of_4_bits,
+        rows_of_8_bits_behind_a_norm,
+        rows_of_8_bits_behind_a_gate,
         embedding,
         route_experts,
         mixture_of_few,

@@ -50,6 +50,7 @@ def test_what_is_fit(unfit):
     ("name", "problem"),
     [
         ("no wgmma in a tile of 16", "multiplies with mma, not with wgmma"),
+        ("both operands in shared memory", "takes no operand of wgmma from registers"),
         ("too much shared memory", "bytes of shared memory, sm_80 has 166912"),
         ("an argument is missing", "KeyError: 'STAGES'"),
         ("an argument is unknown", "the kernel has no arguments ['DEPTH']"),

@@ -38,6 +38,7 @@ CASES = [
     (FIT, "sm_90"),
     (replace(FIT, name="no wgmma in a tile of 16", constexprs={"SIZE": 16, "STAGES": 1}), "sm_90"),
     (replace(FIT, name="nor asked for elsewhere", constexprs={"SIZE": 16, "STAGES": 1}), "sm_80"),
+    (replace(FIT, name="both operands in shared memory", expects_register_operand=True), "sm_90"),
     (replace(FIT, name="too much shared memory", constexprs={"SIZE": 128, "STAGES": 8}, num_warps=8), "sm_80"),
     (replace(FIT, name="an argument is missing", constexprs={"SIZE": 64}), "sm_90"),
     (replace(FIT, name="an argument is unknown", constexprs={**FIT.constexprs, "DEPTH": 1}), "sm_90"),
