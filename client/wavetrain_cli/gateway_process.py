@@ -8,6 +8,7 @@ that crashes: callers then get 503 and a Retry-After in place of a refused conne
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ _LAUNCHER = Path(__file__).with_name("launcher.py")
 _FIRST_BACK_OFF_S = 0.5
 _MAX_BACK_OFF_S = 8.0
 _EXIT_TIMEOUT_S = 5.0
+_POLL_INTERVAL_S = 0.05
 
 
 class GatewayProcess:
@@ -50,9 +52,20 @@ class GatewayProcess:
         """Starts it; returns at once."""
         self._keeper.start()
 
-    def wait_until_listening(self, timeout_s: float) -> bool:
-        """Waits until it takes connections. Returns whether it does."""
-        return self._has_listened.wait(timeout_s)
+    def wait_until_ready(self, host: str, port: int, timeout_s: float) -> bool:
+        """Waits until it has found the server behind it. Returns whether it has, or asks for a key before it tells."""
+        deadline_s = time.monotonic() + timeout_s
+        if not self._has_listened.wait(timeout_s):
+            return False
+        while time.monotonic() < deadline_s:
+            connection = http.client.HTTPConnection(host, port, timeout=2.0)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection.request("GET", "/readyz", headers={"host": "localhost"})
+                if connection.getresponse().status in (200, 401):
+                    return True
+            connection.close()
+            time.sleep(_POLL_INTERVAL_S)
+        return False
 
     @property
     def pids(self) -> frozenset[int]:

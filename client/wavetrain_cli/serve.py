@@ -189,7 +189,7 @@ def _ready_text(given: argparse.Namespace, host: str, repository: _Repository, g
     else:
         example = example_request(host=host, http_port=given.http_port, prompt=repository.prompt)
     openai = ""
-    if gateway is not None and gateway.wait_until_listening(_GATEWAY_TIMEOUT_S):
+    if gateway is not None and gateway.wait_until_ready(host, given.gateway_port, _GATEWAY_TIMEOUT_S):
         openai = f"OpenAI API http://{given.host}:{given.gateway_port}/v1, "
     return (
         f"on http://{given.host}:{given.http_port} ({openai}gRPC {given.host}:{given.grpc_port}, metrics "

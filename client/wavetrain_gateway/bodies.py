@@ -146,9 +146,14 @@ def _invalid(error: ValidationError, fields: Mapping[str, Any]) -> InvalidReques
     if name in _ONLY_AS_FAR and name in fields:
         code = None if name == "prompt" else "unsupported_value"
         return InvalidRequest(_ONLY_AS_FAR[name], param=name, code=code)
-    path = ".".join(part for part in place if not part.startswith(("str", "list", "function-", "constrained")))
+    path = ".".join(place[:1] + [part for part in place[1:] if not _is_form(part)])
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
     return InvalidRequest(f"{path}: {message}", param=path or name)
+
+
+def _is_form(part: str) -> bool:
+    """Whether a part of an error's place is no field but one of the forms that a field may have."""
+    return part == "str" or part.startswith(("list[", "function-", "constrained-"))
 
 
 def _too_large(max_bytes: int) -> TooLarge:

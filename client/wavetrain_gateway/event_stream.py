@@ -50,6 +50,10 @@ class EventStream:
         for ping in self._pings:
             ping.cancel()
         if self._is_too_slow and kind is asyncio.CancelledError:
+            # Python 3.11 counts cancels, and this one has reached its end.
+            uncancel = getattr(self._writer, "uncancel", None)
+            if uncancel is not None:
+                uncancel()
             raise ReaderTooSlow from None
 
     async def start(self, headers: dict[str, str]) -> None:

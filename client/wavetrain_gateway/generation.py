@@ -17,6 +17,7 @@ from wavetrain_gateway.errors import (
     Forbidden,
     GatewayError,
     InternalError,
+    InvalidRequest,
     NotFound,
     RequestCancelled,
     from_client_error,
@@ -28,6 +29,7 @@ from wavetrain_gateway.plan import Plan, plan_chat, plan_completion
 from wavetrain_gateway.response_cache import CachedAnswer, cached_pieces
 from wavetrain_gateway.schemas import ChatRequest, CompletionRequest
 from wavetrain_gateway.services import Services
+from wavetrain_gateway.upstream import ModelCard
 
 CACHE_HEADER = "x-wavetrain-cache"
 
@@ -44,20 +46,39 @@ async def chat(exchange: Exchange, services: Services) -> None:
     await _answer(exchange, services, plan_chat(body, services.settings.caps))
 
 
-def check_model(exchange: Exchange, services: Services, model: str) -> None:
-    """Notes the model of a request.
+def check_model(exchange: Exchange, services: Services, model: str) -> ModelCard:
+    """Notes the model of a request, and returns what is known of it.
 
     Raises:
         NotFound: there is none of this name.
         Forbidden: the caller's key may not use it.
     """
-    if not any(card.id == model for card in services.upstream.models()):
+    card = next((card for card in services.upstream.models() if card.id == model), None)
+    if card is None:
         raise NotFound(
             f"there is no model {model[:64]!r}; GET /v1/models lists them", code="model_not_found", param="model"
         )
     if not exchange.caller.may_use(model):
         raise Forbidden(f"your key may not use the model {model!r}", code="model_not_allowed", param="model")
     exchange.record.model = model
+    return card
+
+
+def check_plan(exchange: Exchange, services: Services, plan: Plan) -> None:
+    """Notes the model of a plan, and refuses prompts that are surely too long before anybody works on them.
+
+    Raises:
+        NotFound, Forbidden: as `check_model`.
+        InvalidRequest: a prompt of token ids has more of them than the model takes.
+    """
+    card = check_model(exchange, services, plan.model)
+    longest = max((len(prompt) for prompt in plan.prompts if isinstance(prompt, list)), default=0)
+    if card.max_model_len is not None and longest >= card.max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {longest} tokens, but the model takes {card.max_model_len} of prompt and output together",
+            code="context_length_exceeded",
+            param="prompt",
+        )
 
 
 async def until_gone(exchange: Exchange, work: Awaitable[None], feed: Feed) -> None:
@@ -89,7 +110,7 @@ async def _body(exchange: Exchange, services: Services) -> bytes:
 
 
 async def _answer(exchange: Exchange, services: Services, plan: Plan) -> None:
-    check_model(exchange, services, plan.model)
+    check_plan(exchange, services, plan)
     exchange.record.is_streamed = plan.is_streamed
     timeout_s = exchange.timeout_s(services.settings.flow.total_timeout_s)
     async with admitted(exchange, services, plan) as ticket:

@@ -228,18 +228,12 @@ def _options(body: SamplingFields, num_generated: int, max_tokens: int) -> dict[
     if body.stop:
         options["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     if body.logit_bias:
-        options["logit_bias"] = {_token_id(name): bias for name, bias in body.logit_bias.items()}
+        options["logit_bias"] = body.logit_bias
     if options.get("min_tokens", 0) > options["max_tokens"]:
         raise InvalidRequest(
             f"min_tokens ({options['min_tokens']}) is more than max_tokens ({max_tokens}); lower it", param="min_tokens"
         )
     return options
-
-
-def _token_id(name: str) -> int:
-    if not (name.isascii() and name.isdigit() and len(name) <= 10 and int(name) < 2**31):
-        raise InvalidRequest("logit_bias must be an object of token ids to numbers", param="logit_bias")
-    return int(name)
 
 
 def _prompts(body: CompletionRequest, caps: CapSettings) -> list[Prompt]:

@@ -7,23 +7,67 @@ are no numbers.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from wavetrain_gateway.messages import Message
 
 MAX_LIST = 1 << 20
+MAX_PROMPTS = 4096
 _MAX_INT32 = 2**31 - 1
+_MAX_BIAS = 100
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=_MAX_INT32)]
 # fail_fast: a list of a million wrong elements is one error, not a million.
 TokenIds: TypeAlias = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LIST)]
-_Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=4096)]
+_Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 _Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_LIST)]
-_IdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=4096)]
+_IdLists = Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Prompt: TypeAlias = Union[str, _Texts, _Ids, _IdLists]  # noqa: UP007 - read at run time by pydantic, on Python 3.10 too
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def check_prompt(value: object) -> Any:
+    """Returns a prompt that has one of the four forms, looked at with as little work as its size allows.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    if isinstance(value, str):
+        return value
+    items = cast("list[Any]", value) if isinstance(value, list) else []
+    # Types as they are: true is no token id.
+    kinds = set(map(type, items[:MAX_LIST]))
+    if kinds == {int} and _are_token_ids(items):
+        return items
+    is_list_of_lists = kinds == {list} and len(items) <= MAX_PROMPTS
+    if is_list_of_lists and all(set(map(type, item)) <= {int} and _are_token_ids(item) for item in items):
+        return items
+    if kinds == {str} and len(items) <= MAX_PROMPTS:
+        return items
+    raise ValueError("it has none of the four forms")
+
+
+def _are_token_ids(items: list[int]) -> bool:
+    return len(items) <= MAX_LIST and min(items, default=0) >= 0 and max(items, default=0) <= _MAX_INT32
+
+
+def check_biases(value: object) -> dict[int, float] | None:
+    """Returns biases by token id.
+
+    Raises:
+        ValueError: an id or a bias is none.
+    """
+    if value is None:
+        return None
+    items = cast("dict[Any, Any]", value) if isinstance(value, dict) else {"": 0}
+    for name, bias in items.items():
+        if not (isinstance(name, str) and name.isascii() and name.isdigit() and len(name) <= 10):
+            raise ValueError("it must be an object of token ids to numbers")
+        if type(bias) not in (int, float) or not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            raise ValueError(f"a bias must be a number between {-_MAX_BIAS} and {_MAX_BIAS}")
+    return {int(name): float(bias) for name, bias in items.items()}
 
 
 class StreamOptions(BaseModel):
@@ -70,7 +114,9 @@ class SamplingFields(BaseModel):
     presence_penalty: Annotated[_Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[_Finite, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[_Finite, Field(gt=0, le=1000)] | None = None
-    logit_bias: dict[str, Annotated[_Finite, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[
+        dict[int, float] | None, PlainValidator(check_biases, json_schema_input_type=dict[str, float] | None)
+    ] = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -117,7 +163,7 @@ class CompletionRequest(SamplingFields):
         "response_format": _NO_GRAMMAR,
     }
 
-    prompt: Annotated[Prompt, Field(union_mode="left_to_right")]
+    prompt: Annotated[Prompt, PlainValidator(check_prompt, json_schema_input_type=Prompt)]
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=100)] | None = None

@@ -51,7 +51,7 @@ class CapSettings(Section):
     """The most a request may ask for or bring along.
 
     Attributes:
-        max_body_bytes: of a body or a WebSocket frame; parsing holds the event loop, about 10 ms for 2 MiB.
+        max_body_bytes: of a body or a WebSocket frame; parsing holds the event loop, up to 20 ms for 1 MiB.
         max_choices: `n`, and `best_of`.
         max_prompts: prompts in one completion request.
         max_sequences: prompts times choices.
@@ -59,7 +59,7 @@ class CapSettings(Section):
         max_output_tokens: what a chat request that names no limit may generate, within the model's context.
     """
 
-    max_body_bytes: int = Field(default=2 << 20, ge=1024, le=256 << 20)
+    max_body_bytes: int = Field(default=1 << 20, ge=1024, le=256 << 20)
     max_header_bytes: int = Field(default=32 << 10, ge=1024, le=1 << 20)
     max_choices: int = Field(default=16, ge=1, le=128)
     max_prompts: _Count = 256

@@ -18,7 +18,7 @@ from wavetrain_gateway.answers import Answer
 from wavetrain_gateway.errors import GatewayError, NotFound, RequestCancelled
 from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.feed import Feed
-from wavetrain_gateway.generation import admitted, answer_id, as_gateway_error, check_model, open_feed, prompt_texts
+from wavetrain_gateway.generation import admitted, answer_id, as_gateway_error, check_plan, open_feed, prompt_texts
 from wavetrain_gateway.plan import Plan
 from wavetrain_gateway.services import Services
 
@@ -135,7 +135,7 @@ class SocketRequest:
 
     async def _generate(self) -> None:
         services, exchange, plan = self._services, self._exchange, self._plan
-        check_model(exchange, services, plan.model)
+        check_plan(exchange, services, plan)
         exchange.record.is_streamed = True
         timeout_s = exchange.timeout_s(services.settings.flow.total_timeout_s)
         async with admitted(exchange, services, plan):

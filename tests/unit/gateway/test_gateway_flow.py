@@ -294,18 +294,19 @@ async def test_a_body_that_does_not_come_is_408():
 
 
 ABUSIVE = {
-    "a million token ids": {"prompt": [1] * 650_000},
-    "a million wrong ids": {"prompt": [-1] * 600_000},
-    "lists of lists": {"prompt": [[1]] * 400_000},
-    "a million fields": {f"k{number}": 1 for number in range(150_000)},
-    "biases": {"logit_bias": {str(number): 1 for number in range(150_000)}},
+    "token ids": {"prompt": [1] * 340_000},
+    "wrong ids": {"prompt": [-1] * 250_000},
+    "lists of lists": {"prompt": [[1]] * 200_000},
+    "texts": {"prompt": ["x"] * 200_000},
+    "fields": {f"k{number}": 1 for number in range(75_000)},
+    "biases": {"logit_bias": {str(number): 1 for number in range(80_000)}},
     "wrong biases": {"logit_bias": {str(number): "x" for number in range(4000)}},
-    "stops": {"stop": ["x"] * 300_000},
-    "a long text": {"prompt": "x" * 2_000_000},
-    "escapes": {"prompt": "\x01" * 340_000},
-    "nested": {"stream_options": {"a": {"b": [{}] * 300_000}}},
-    "long names": {"x" * 1_900_000: 1},
-    "messages": {"prompt": "x", "messages": [{"role": "user", "content": "x"}] * 40_000},
+    "stops": {"stop": ["x"] * 200_000},
+    "a long text": {"prompt": "x" * 1_000_000},
+    "escapes": {"prompt": "\x01" * 170_000},
+    "nested": {"stream_options": {"a": {"b": [{}] * 250_000}}},
+    "long names": {"x" * 1_000_000: 1},
+    "messages": {"messages": [{"role": "user", "content": "x"}] * 25_000},
 }
 
 
