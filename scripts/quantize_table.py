@@ -27,7 +27,7 @@ from wavetrain_engine.quantizer.recipe import SCHEMES, Recipe
 
 DEMO = Path(__file__).resolve().parents[1] / "model_repository" / "engine" / "1" / "demo"
 # Beside every scheme with every method that suits it.
-EXTRA = {
+EXTRA: dict[str, dict[str, Any]] = {
     "w4a16 gptq, groups of 32": {"scheme": "w4a16", "method": "gptq", "group_size": 32},
     "w4a16 gptq, zero points": {"scheme": "w4a16", "method": "gptq", "is_symmetric": False},
     "w4a16 gptq, without act-order": {"scheme": "w4a16", "method": "gptq", "has_act_order": False},
@@ -37,7 +37,7 @@ MARKERS = {"rtn": "o", "gptq": "s", "awq": "^", "smoothquant": "D"}
 
 def recipes() -> dict[str, Recipe]:
     """Returns all, by what the table calls them."""
-    usual = {
+    usual: dict[str, dict[str, Any]] = {
         f"{scheme.name} {method}": {"scheme": scheme.name, "method": method}
         for scheme in SCHEMES.values()
         for method in scheme.methods

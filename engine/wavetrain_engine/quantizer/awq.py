@@ -11,7 +11,6 @@ grows by 1.40 %, and with the mean by 1.52 %.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from wavetrain_engine.quantizer.folding import bounded, spread, tie
@@ -20,7 +19,6 @@ from wavetrain_engine.quantizer.layer_structure import SharedInput
 from wavetrain_engine.quantizer.rounding import Grid, round_weight
 
 _NUM_STEPS = 20  # of the exponent, from 0 to 1: the paper's
-_STRIDE = 4  # of the ranges of a grid that a trial goes through
 _MAX_ROWS = 4096  # of all matrices together, evenly spread, that a trial rounds: the scales are the same for all
 
 
@@ -33,17 +31,17 @@ def search_scales(weights: dict[str, Tensor], shared: SharedInput, grid: Grid, m
     step = -(-sum(rows for rows, _ in shared.matrices.values()) // _MAX_ROWS)
     samples = [weights[f"{name}.weight"][::step] for name in shared.matrices]
 
-    def loss(scales: Tensor, stride: int) -> float:
+    def loss(scales: Tensor) -> float:
         factors = spread(scales, source)
-        return sum(_loss(sample, grid, factors, moments, stride) for sample in samples)
+        return sum(_loss(sample, grid, factors, moments) for sample in samples)
 
     trials = [bounded(sizes.pow(step / _NUM_STEPS)) for step in range(_NUM_STEPS + 1)]
-    best = min(trials, key=lambda scales: loss(scales, _STRIDE))
-    # The two that matter, as they will be rounded.
-    return best if loss(best, 1) < loss(torch.ones_like(best), 1) else None
+    losses = [loss(scales) for scales in trials]
+    best = losses.index(min(losses))
+    return trials[best] if best else None  # the first is one everywhere
 
 
-def _loss(weight: Tensor, grid: Grid, factors: Tensor, moments: InputMoments, stride: int) -> float:
+def _loss(weight: Tensor, grid: Grid, factors: Tensor, moments: InputMoments) -> float:
     scaled = moments.second / factors / factors[:, None]
-    rounded = round_weight(weight * factors, grid, scaled, stride=stride).dequantize() / factors
+    rounded = round_weight(weight * factors, grid, scaled).dequantize() / factors
     return moments.loss(rounded - weight).sum().item()

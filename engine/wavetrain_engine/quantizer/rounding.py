@@ -93,14 +93,11 @@ class RoundedWeight:
         return values * _spread(self.scales.float(), self.grid, num_rows, width, values.shape[1])
 
 
-def find_grid(
-    weight: Tensor, grid: Grid, moments: Tensor | None = None, *, stride: int = 1
-) -> tuple[Tensor, Tensor | None]:
+def find_grid(weight: Tensor, grid: Grid, moments: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Searches the scales and zero points of a weight [N, K], in float32.
 
     Args:
         moments: [K, K], of the inputs: only the blocks of each group on the diagonal count; None: all inputs alike.
-        stride: of the ranges, one in so many is tried.
 
     Returns:
         scales [N, G] as rounded to the grid's dtype, in float32, and zero points [N, G], likewise; no zero points where
@@ -109,17 +106,17 @@ def find_grid(
     width = grid.width(weight.shape[1])
     blocks = None if moments is None else _diagonal_blocks(moments, width)
     rows = max(1, _ROWS_AT_ONCE // weight.shape[1])
-    found = [_search(piece.unflatten(1, (-1, width)), grid, blocks, stride) for piece in weight.split(rows)]
+    found = [_search(piece.unflatten(1, (-1, width)), grid, blocks) for piece in weight.split(rows)]
     scales = torch.cat([scales for scales, _ in found])
     return scales, None if grid.is_symmetric else torch.cat([zeros for _, zeros in found])
 
 
-def round_weight(weight: Tensor, grid: Grid, moments: Tensor | None = None, *, stride: int = 1) -> RoundedWeight:
+def round_weight(weight: Tensor, grid: Grid, moments: Tensor | None = None) -> RoundedWeight:
     """Rounds each element of a weight [N, K] to the nearest point of a grid that `find_grid` finds for it."""
     weight = weight.float()
     if grid.is_float:
         return _round_to_fp8(weight, grid)
-    scales, zero_points = find_grid(weight, grid, moments, stride=stride)
+    scales, zero_points = find_grid(weight, grid, moments)
     return round_to(weight, grid, scales, zero_points)
 
 
@@ -164,12 +161,12 @@ def _round_to_fp8(weight: Tensor, grid: Grid) -> RoundedWeight:
     )
 
 
-def _search(groups: Tensor, grid: Grid, blocks: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
-    """Tries ranges of groups [N, G, S] and returns the best scales and zero points [N, G]."""
+def _search(groups: Tensor, grid: Grid, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tries all ranges of groups [N, G, S] and returns the best scales and zero points [N, G]."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best_loss = torch.full_like(low, torch.inf)
     best_scales, best_zeros = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in _SHRINKS[: 5 if grid.num_bits == 8 else None : stride]:
+    for shrink in _SHRINKS[: 5 if grid.num_bits == 8 else None]:
         scales, zeros = _range_to_grid(low * shrink, high * shrink, grid)
         steps = groups.div(scales[..., None]).add_(zeros[..., None]).round_().clamp_(grid.lowest, grid.highest)
         errors = steps.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(groups)
