@@ -69,9 +69,12 @@ def check_gateway(arguments: list[str], environment: Environment) -> GatewaySett
     """
     given = create_parser().parse(arguments)
     settings = read_settings(given)
-    has_keys = settings.keys.file is not None or environment.api_keys is not None
-    if not (given.insecure or has_keys):
-        _check_exposure(settings.listen.host)
+    if not given.insecure and is_exposed(settings, environment):
+        raise CommandError(
+            f"--host {settings.listen.host}: whoever reaches this address could use the models; configure keys "
+            "(docs/gateway.md), or say --insecure",
+            exit_code=2,
+        )
     if settings.keys.redis_url is not None and settings.keys.file is None:
         raise CommandError("limits belong to keys: a Redis server for them needs a key file (--keys)", exit_code=2)
     if settings.admin.port is not None and environment.admin_key is None:
@@ -113,17 +116,15 @@ def read_settings(given: argparse.Namespace) -> GatewaySettings:
         raise CommandError(describe(error, GatewaySettings), exit_code=2) from None
 
 
-def _check_exposure(host: str) -> None:
+def is_exposed(settings: GatewaySettings, environment: Environment) -> bool:
+    """Whether others than this machine could use the models without a key."""
+    if settings.keys.file is not None or environment.api_keys is not None:
+        return False
+    host = settings.listen.host
     try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host != "localhost" and not ipaddress.ip_address(host).is_loopback
     except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise CommandError(
-            f"--host {host}: whoever reaches this address could use the models; configure keys "
-            "(docs/gateway.md), or say --insecure",
-            exit_code=2,
-        )
+        return True
 
 
 def _serve(settings: GatewaySettings, environment: Environment) -> int:

@@ -14,7 +14,7 @@ from wavetrain_cli.checkpoint_check import check_checkpoint
 from wavetrain_cli.display import Display
 from wavetrain_cli.engine_flags import FlagParser, add_engine_flags, engine_config, has_engine_flags
 from wavetrain_cli.errors import CommandError
-from wavetrain_cli.gateway import check_gateway
+from wavetrain_cli.gateway import check_gateway, is_exposed
 from wavetrain_cli.gateway_process import FrontedService, GatewayProcess
 from wavetrain_cli.ports import check_ports
 from wavetrain_cli.repository import ENGINE_TOML, build_repository, packaged_repository, resolve_model_path
@@ -100,7 +100,8 @@ def main(arguments: list[str], environment: Environment) -> int:
     check_ports(given.host, ports | ({"--gateway-port": given.gateway_port} if has_gateway else {}))
     log_path = environment.cache_dir / "logs" / f"serve-{given.http_port}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    display = Display()
+    display, host = Display(), local_host(given.host)
+    gateway = _gateway(given, repository, host, environment, display.say) if has_gateway else None
     shared_memory = SharedMemory()
     options = ServerOptions(
         model_repository=repository.path,
@@ -111,9 +112,7 @@ def main(arguments: list[str], environment: Environment) -> int:
         shm_prefix=shared_memory.prefix,
         is_verbose=given.verbose,
     )
-    host = local_host(given.host)
     service: Service = TritonService(host=host, http_port=given.http_port, engine_config=repository.path / ENGINE_TOML)
-    gateway = _gateway(given, repository, host, environment, display.say) if has_gateway else None
     with log_path.open("w", encoding="utf-8") as log_file:
         log = ServerLog(
             file=log_file,
@@ -165,8 +164,8 @@ def _prepare_repository(given: argparse.Namespace, cache_dir: Path) -> _Reposito
 
 def _gateway(
     given: argparse.Namespace, repository: _Repository, host: str, environment: Environment, say: Callable[[str], None]
-) -> GatewayProcess:
-    """The gateway in front of the server.
+) -> GatewayProcess | None:
+    """The gateway in front of the server; None where its packages are missing and it was not asked for.
 
     Raises:
         CommandError: its settings cannot be; told before anything is started.
@@ -178,7 +177,21 @@ def _gateway(
     arguments += ["--served-model-name", name, "--drain-s", str(given.grace_s)]
     if given.gateway_config is not None:
         arguments += ["--config", str(given.gateway_config.absolute())]
-    check_gateway(arguments, environment)
+    # Who may reach the Triton server's ports on this host needs no key either: the gateway's is no reason to stop.
+    try:
+        settings = check_gateway([*arguments, "--insecure"], environment)
+    except ModuleNotFoundError as error:
+        if given.gateway_config is not None:
+            raise
+        say(
+            f"without the OpenAI API, as {error.name} is missing: pip install 'wavetrain[gateway]', or say --no-gateway"
+        )
+        return None
+    if is_exposed(settings, environment):
+        say(
+            f"the gateway listens on {given.host} and asks for no key; --gateway-config can name keys (docs/gateway.md)"
+        )
+        arguments.append("--insecure")
     log_path = environment.cache_dir / "logs" / f"gateway-{given.gateway_port}.log"
     return GatewayProcess(arguments, log_path=log_path, say=say)
 
