@@ -13,19 +13,25 @@ from torch import Tensor
 # N = rows, K = columns of a weight.
 
 
+def as_bytes(packed: Tensor) -> Tensor:
+    """Returns the bytes of each row [N, K] of integers."""
+    # Through one dimension: rows of one element may count as contiguous with any distance between them.
+    return packed.contiguous().view(-1).view(torch.uint8).view(packed.shape[0], -1)
+
+
 def int4_values(packed: Tensor, columns: int) -> Tensor:
     """Returns values [N, ceil(K / 2)] uint8 of codes 0 to 15 in int32s [N, ceil(K / 8)], the first lowest."""
-    return packed.contiguous().view(torch.uint8)[:, : (columns + 1) // 2].contiguous()
+    return as_bytes(packed)[:, : (columns + 1) // 2].contiguous()
 
 
 def int8_values(packed: Tensor, columns: int) -> Tensor:
     """Returns values [N, K] int8 of codes 0 to 255, which stand for themselves minus 128, in int32s."""
-    return (packed.contiguous().view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
+    return (as_bytes(packed)[:, :columns] ^ 0x80).view(torch.int8)
 
 
 def widened_int2_values(packed: Tensor, columns: int) -> Tensor:
     """Returns int4 values [N, ceil(K / 2)] of codes 0 to 3, which stand for themselves minus 2, in int32s."""
-    codes = packed.contiguous().view(torch.uint8)
+    codes = as_bytes(packed)
     halves = torch.stack((codes & 0x0F, codes >> 4), dim=-1).flatten(1)  # two codes each
     # Code c becomes c - 2 + 8.
     values = ((halves & 3) | (halves & 12) << 2) + 0x66
@@ -46,7 +52,7 @@ def unpack_int4(values: Tensor, columns: int) -> Tensor:
 
 def unpack_columns(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Returns the codes [N, K] uint8 of `bits` (2, 4, 8) each in int32s [N, ceil(K * bits / 32)], the first lowest."""
-    codes = packed.contiguous().view(torch.uint8)
+    codes = as_bytes(packed)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes[..., None] >> shifts & (2**bits - 1)).flatten(1)[:, :columns]
 

@@ -66,7 +66,7 @@ def decode_4bit(stored: FourBitFormat, tensors: LayerTensors, rows: int, columns
     if group_size % GROUP_STEP:
         raise tensors.wrong("weight", f"has rows of {columns}, which blocks of {block_size} do not fit")
     starts = torch.arange(0, rows * columns, group_size, device=absmax.device)
-    codes = tensors["weight"].contiguous().view(torch.uint8).view(rows, columns // 2)
+    codes = tensors["weight"].contiguous().view(-1).view(torch.uint8).view(rows, columns // 2)
     weight = QuantizedWeight(
         scheme=QuantizationScheme(values="int4", group_size=group_size, has_codebook=True),
         in_features=columns,
