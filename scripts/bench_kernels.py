@@ -81,12 +81,14 @@ def _groups(setting: Any) -> dict[str, Any]:
     from gpu.attention_contests import attention_contests
     from gpu.layer_contests import layer_contests, lora_contests
     from gpu.moe_contests import moe_contests
+    from gpu.quantized_contests import quantized_contests
     from gpu.sampling_contests import sampling_contests
 
     where = {"device": setting.device, "is_dry_run": setting.is_dry_run}
     return {
         "attention": partial(attention_contests, setting.dtype, **where),
         "layer": partial(layer_contests, setting.dtype, **where),
+        "quantized": partial(quantized_contests, setting.dtype, **where),
         "sampling": partial(sampling_contests, **where),
         "moe": partial(moe_contests, setting.dtype, **where),
         "lora": partial(lora_contests, setting.dtype, **where),
@@ -167,7 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the results; written after every contest")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison (%(default)s)")
-    parser.add_argument("--only", default="", help="groups: attention, layer, sampling, moe, lora; comma-separated")
+    parser.add_argument(
+        "--only", default="", help="groups: attention, layer, quantized, sampling, moe, lora; comma-separated"
+    )
     parser.add_argument("--time-limit-s", type=float, default=_TIME_LIMIT_S, help="skips what is left (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, interpreted, in tiny sizes")
     parser.add_argument("--tables", type=Path, metavar="JSON", help="only writes the tables of the page from results")

@@ -24,7 +24,7 @@ from typing import Any
 from gpu import machine
 
 _TUNED = machine.ROOT / "kernels" / "wavetrain_kernels" / "tuned"
-_FAMILIES = ("attention", "layer", "moe", "lora")
+_FAMILIES = ("attention", "layer", "quantized", "moe", "lora")
 _CUT_OFF = 3
 
 
@@ -65,8 +65,15 @@ def _contests(family: str, setting: Any) -> Any:
     from gpu.attention_contests import attention_contests
     from gpu.layer_contests import layer_contests, lora_contests
     from gpu.moe_contests import moe_contests
+    from gpu.quantized_contests import quantized_contests
 
-    makers = {"attention": attention_contests, "layer": layer_contests, "moe": moe_contests, "lora": lora_contests}
+    makers = {
+        "attention": attention_contests,
+        "layer": layer_contests,
+        "quantized": quantized_contests,
+        "moe": moe_contests,
+        "lora": lora_contests,
+    }
     return makers[family](setting.dtype, setting.device, is_dry_run=setting.is_dry_run)
 
 

@@ -20,6 +20,7 @@ from gpu.attention_contests import attention_contests
 from gpu.greedy_checks import Check
 from gpu.layer_contests import layer_contests, lora_contests
 from gpu.moe_contests import moe_contests
+from gpu.quantized_contests import quantized_contests
 from gpu.sampling_contests import sampling_contests
 from gpu.setting import Setting
 
@@ -34,6 +35,7 @@ _SHOWN_OF_LOG = 5000
 # The plugins that pyproject.toml configures need not be there.
 _SETTINGS = """[pytest]
 addopts = --import-mode=importlib -p no:cacheprovider
+pythonpath = tests scripts
 markers =
     server: -
     slow: -
@@ -102,6 +104,7 @@ def contest_checks(setting: Setting) -> Iterator[Check]:
             "attention": lambda dtype=dtype: attention_contests(dtype, **where),
             "layer": lambda dtype=dtype: layer_contests(dtype, **where),
             "sampling": lambda: sampling_contests(**where),
+            "quantized": lambda dtype=dtype: quantized_contests(dtype, **where),
             "moe": lambda dtype=dtype: moe_contests(dtype, **where),
             "lora": lambda dtype=dtype: lora_contests(dtype, **where),
         }

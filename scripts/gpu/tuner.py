@@ -89,6 +89,26 @@ SPACES: dict[str, dict[str, Space]] = {
             }
         ),
     },
+    "quantized": {
+        "weight_only": Space(
+            {
+                "is_fused": (True, False),
+                "num_splits": (1, 2, 3, 4, 6, 8, 12, 16),
+                "block_n": (64, 128, 256),
+                "num_warps": (4, 8),
+                "num_stages": (2, 3, 4, 5, 6),
+                "block_t": (16, 32, 64, 128, 256),
+            }
+        ),
+        "quantized_product": Space(
+            {
+                "block_n": (64, 128),
+                "block_t": (64, 128, 256),
+                "num_warps": (4, 8),
+                "num_stages": (3, 4, 5, 6),
+            }
+        ),
+    },
     "moe": {
         "moe_rows": Space({"block_m": (16, 32, 64, 128)}),
         "moe_gate_up": Space(

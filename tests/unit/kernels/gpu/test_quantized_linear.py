@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fakes.quantized_weights import every_scheme, random_quantized
-from wavetrain_kernels.gpu import quantized_linear, quantized_packing, quantized_rows, weight_only_config
+from wavetrain_kernels.gpu import (
+    quantized_linear,
+    quantized_packing,
+    quantized_product,
+    quantized_rows,
+    weight_only_config,
+)
 from wavetrain_kernels.gpu.kernels import GPU
 from wavetrain_kernels.gpu.launch import A100, H200, DeviceTraits
 from wavetrain_kernels.gpu.quantized_packing import pack
@@ -263,3 +269,52 @@ def test_rows_from_which_the_weight_is_widened():
     device = torch.device("cpu")
     assert weight_only_config.weight_only_config(DENSE_FROM - 1, shape, device).is_fused
     assert not weight_only_config.weight_only_config(DENSE_FROM, shape, device).is_fused
+
+
+@pytest.mark.parametrize("traits", [A100, H200])
+@pytest.mark.parametrize("name", ["w4a16-g32", "w4a16-g128", "nf4-g64", "w8a16", "fp8-block"])
+def test_launches_fit(name, traits):
+    for out_features, in_features in ((4096, 4096), (28672, 4096), (4096, 14336), (64, 16), (855, 152)):
+        scheme = every_scheme(in_features)[name]
+        shape = quantized_packing.QuantizedShape.of(scheme, out_features, in_features)
+        for bucket in (16, 32, 64, 128, 1024):
+            config = weight_only_config.chosen_config(bucket, shape, traits)
+            stage_bytes = config.block_n * shape.block_k * shape.bits // 8 + 2 * shape.block_k * config.block_t
+            programs_per_sm = 2 if config.block_t <= 32 else 1
+            assert config.num_stages * stage_bytes * programs_per_sm <= traits.shared_bytes or config.num_stages == 2
+            assert 1 <= config.num_splits <= max(1, shape.num_blocks // 2)
+            # No program of a tile is left without inputs.
+            per_split = -(-shape.num_blocks // config.num_splits)
+            assert (config.num_splits - 1) * per_split < shape.num_blocks
+            assert config.block_t <= bucket
+
+
+def test_what_was_measured_replaces_what_is_reckoned(monkeypatch):
+    shape = quantized_packing.QuantizedShape.of(every_scheme(4096)["w4a16-g128"], 4096, 4096)
+    asked: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        weight_only_config, "tuned", lambda name, key, _: asked.append((name, key)) or {"num_stages": 7}
+    )
+    found = {weight_only_config.weight_only_config(rows, shape, torch.device("cpu")) for rows in (0, 1, 16)}
+    assert {config.num_stages for config in found} == {7}
+    weight_only_config.weight_only_config(200, shape, torch.device("cpu"))
+    assert asked == [("weight_only", (16, 4096, 4096, 4))] * 3 + [("weight_only", (256, 4096, 4096, 4))]
+
+
+@pytest.mark.parametrize(
+    ("bucket", "out_features", "sums_twice", "tile"),
+    [
+        (8192, 4096, False, (128, 256)),
+        (8192, 4096, True, (128, 128)),
+        (128, 4096, False, (64, 64)),
+        (1, 64, True, (64, 64)),
+    ],
+)
+def test_tiles_of_8_bit_products(bucket, out_features, sums_twice, tile):
+    config = quantized_product.quantized_product_config(bucket, out_features, H200, sums_twice=sums_twice)
+    assert (config.block_n, config.block_t) == tile
+    measured = {"num_stages": 3}
+    again = quantized_product.quantized_product_config(
+        bucket, out_features, H200, sums_twice=sums_twice, measured=measured
+    )
+    assert again == dataclasses.replace(config, num_stages=3)
