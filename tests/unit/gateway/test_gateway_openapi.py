@@ -66,7 +66,7 @@ def gateway_in_thread() -> Iterator[str]:
         loop.close()
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")  # schemathesis uses what hypothesis is about to forbid
 def test_what_is_answered_is_what_the_document_says():
     document = openapi_document(ROUTES)
     with gateway_in_thread() as url:
