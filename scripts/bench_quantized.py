@@ -224,8 +224,9 @@ def _memory(folder: Path) -> Callable[[], float]:
     subprocess.run([c_compiler, "-O3", "-march=native", "-pthread", "-o", str(program), str(source)], check=True)
     command = [str(program), str(WEIGHT_BYTES), str(torch.get_num_threads())]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert worker.stdin is not None and worker.stdout is not None, "pipes were asked for"
     stdin, stdout = worker.stdin, worker.stdout
+    assert stdin is not None, "a pipe was asked for"
+    assert stdout is not None, "a pipe was asked for"
     num_bytes = json.loads(stdout.readline())["bytes"]
 
     def measure() -> float:

@@ -135,22 +135,19 @@ def _is_supported(weight: QuantizedWeight) -> bool:
 
 def _group_size(scheme: QuantizationScheme, num_inputs: int) -> int:
     """Inputs that share a scale, of the weight and of x."""
-    size = min(scheme.group_size, num_inputs)
-    if scheme.inputs == "int8" and scheme.input_group_size is not None and size % scheme.input_group_size == 0:
-        return scheme.input_group_size
-    return size
+    inputs = scheme.input_group_size
+    is_finer = inputs is not None and (scheme.group_size >= num_inputs or scheme.group_size % inputs == 0)
+    size = inputs if scheme.inputs == "int8" and inputs is not None and is_finer else scheme.group_size
+    return min(size, num_inputs)
 
 
 def _format_of(weight: QuantizedWeight, is_gated: bool) -> tuple[_Format, Tensor, Tensor | None]:
     """Returns how the weight is packed, and its scales and offsets for each group of that."""
     scheme, num_inputs = weight.scheme, weight.in_features
-    group, coarse = _group_size(scheme, num_inputs), min(scheme.group_size, num_inputs)
-    scales, offsets = weight.scales, weight.offsets
-    if group != coarse:
-        count = -(-num_inputs // group)
-        scales = scales.repeat_interleave(coarse // group, 1)[:, :count]
-        offsets = None if offsets is None else offsets.repeat_interleave(coarse // group, 1)[:, :count].contiguous()
-    scales = scales.contiguous()
+    group = _group_size(scheme, num_inputs)
+    columns = torch.arange(-(-num_inputs // group)) * group // min(scheme.group_size, num_inputs)
+    scales = weight.scales[:, columns].contiguous()
+    offsets = None if weight.offsets is None else weight.offsets[:, columns].contiguous()
     has_int_inputs = scheme.inputs == "int8"
     fmt = _Format(
         n=weight.out_features,
@@ -163,7 +160,7 @@ def _format_of(weight: QuantizedWeight, is_gated: bool) -> tuple[_Format, Tensor
         has_half_scales=bool((scales.half().float() == scales).all()),
         is_gated=is_gated,
     )
-    return fmt, scales, None if offsets is None else offsets.contiguous()
+    return fmt, scales, offsets
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fakes.quantized_weights import every_scheme, random_quantized
 from wavetrain_kernels import ops
 from wavetrain_kernels.cpu.kernels import kernels_of
 from wavetrain_kernels.ops import dispatch
@@ -38,6 +39,7 @@ def run_all() -> None:
         run_rotations(dtype)
     run_sampling()
     run_linears()
+    run_quantized_linears()
     run_mixtures()
     run_attention()
 
@@ -87,6 +89,17 @@ def run_linears() -> None:
         gated = ops.pack_weight(weight, is_gated=True)
         ops.gated_linear(x, gated, "silu")
         ops.gated_linear(x, gated, "gelu_tanh", bias)
+
+
+def run_quantized_linears() -> None:
+    """Weights of every scheme, gates and rows beyond what is multiplied at once."""
+    for num_rows, num_outputs, num_inputs in ((0, 2, 16), (1, 130, 100), (3, 2, 1), (9, 34, 257), (70, 64, 384)):
+        for scheme in every_scheme(num_inputs).values():
+            weight = random_quantized(scheme, num_outputs, num_inputs)
+            x, bias = torch.randn(num_rows, num_inputs).bfloat16(), torch.randn(num_outputs).bfloat16()
+            ops.linear(x, ops.pack_quantized(weight, dtype=x.dtype), dtype=torch.float32)
+            gated = ops.pack_quantized(weight, dtype=x.dtype, is_gated=True)
+            ops.gated_linear(x, gated, "silu", bias)
 
 
 def run_mixtures() -> None:

@@ -42,6 +42,7 @@ def test_no_kernel_leaves_its_buffers(compiled_cache: Path) -> None:
         (sys.executable, str(Path(__file__).with_name("every_kernel.py")), *map(str, libraries)),
         env={
             **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
             "LD_PRELOAD": str(preloaded),
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -13,7 +13,7 @@ from fakes.quantized_weights import every_scheme, random_quantized
 from wavetrain_kernels import ops
 from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.kernel_set import KernelSet
-from wavetrain_kernels.ops import QuantizedWeight, dispatch
+from wavetrain_kernels.ops import QuantizationScheme, QuantizedWeight, dispatch
 from wavetrain_kernels.quantized_weight import can_stack, stack
 from wavetrain_kernels.reference.quantized_linear import round_inputs
 
@@ -73,6 +73,82 @@ def test_products_are_those_of_the_dequantized_weight(name, dtype):
         gate, up = (exact + bias.double()).chunk(2, dim=-1)
         expected = torch.nn.functional.silu(gate) * up
         torch.testing.assert_close(gated.double(), expected, rtol=4 * tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if every_scheme(32)[name].inputs == "int8"])
+def test_products_of_integers_are_exact(kernels: KernelSet, name: str):
+    """Rows are rounded to the same integers as the definition's, so that only the last product rounds."""
+    weight = random_quantized(every_scheme(300)[name], 70, 300)
+    x = torch.randn(20, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
+    exact = round_inputs(x, weight).double() @ ops.dequantize(weight).double().T
+    result = ops.linear(x, ops.pack_quantized(weight, dtype=x.dtype), dtype=torch.float32)
+    torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+GROUPED = {
+    "w4a8-g32": QuantizationScheme(values="int4", group_size=32, inputs="int8"),
+    "w4a8-asym": QuantizationScheme(
+        values="int4", group_size=256, inputs="int8", input_group_size=64, has_offsets=True
+    ),
+    "w8a8-g48": QuantizationScheme(values="int8", group_size=48, inputs="int8", input_group_size=96),
+    "w8a8-act-order": QuantizationScheme(
+        values="int8", group_size=16, inputs="int8", has_offsets=True, is_reordered=True
+    ),
+    "w4a16-g48-asym": QuantizationScheme(values="int4", group_size=48, has_offsets=True),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_that_fill_no_tile(name: str):
+    """And inputs in groups of their own, of which there are more than the weight's, or fewer."""
+    for num_rows, num_inputs in ((1, 272), (9, 250), (40, 700)):
+        weight = random_quantized(GROUPED[name], 70, num_inputs)
+        x = torch.randn(num_rows, num_inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
+        if weight.scheme.is_reordered and weight.scheme.inputs is not None:
+            x = x[:, :1].expand(-1, num_inputs)  # the definition rounds before it reorders: one scale for all
+        exact = round_inputs(x, weight).double() @ ops.dequantize(weight).double().T
+        result = ops.linear(x, ops.pack_quantized(weight, dtype=x.dtype), dtype=torch.float32)
+        torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *GROUPED])
+def test_a_row_is_the_same_in_any_batch(kernels: KernelSet, name: str):
+    """To the bit, as of weights that are not quantized."""
+    if kernels.name == "reference":
+        pytest.skip("PyTorch's products depend on the batch")
+    schemes = {**every_scheme(1100), **GROUPED}
+    weight = random_quantized(schemes[name], 98, 1100)
+    x = torch.randn(70, 1100, generator=torch.Generator().manual_seed(3)).bfloat16()
+    plain = ops.pack_quantized(weight, dtype=x.dtype)
+    gates = ops.pack_quantized(weight, dtype=x.dtype, is_gated=True)
+    together = ops.linear(x, plain, dtype=torch.float32), ops.gated_linear(x, gates, "silu")
+    for start, stop in ((0, 1), (5, 7), (69, 70), (3, 8), (10, 43), (1, 7)):
+        alone = ops.linear(x[start:stop], plain, dtype=torch.float32), ops.gated_linear(x[start:stop], gates, "silu")
+        for result, expected in zip(alone, together, strict=True):
+            assert torch.equal(result, expected[start:stop])
+
+
+def test_what_is_no_number_stays_in_its_row():
+    for name in NAMES:
+        weight = random_quantized(every_scheme(64)[name], 40, 64)
+        x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+        x[3, 7], x[18, 0] = float("nan"), float("inf")
+        if weight.scheme.has_input_scale:
+            x[18, 0] = float("nan")  # an infinity is cut to the largest number
+        packed = ops.pack_quantized(weight, dtype=x.dtype)
+        if isinstance(packed.data, QuantizedWeight) and weight.scheme.inputs is not None:
+            continue  # what PyTorch makes an integer of
+        result = ops.linear(x, packed)
+        assert (~result.isfinite()).all(-1).nonzero().squeeze(1).tolist() == [3, 18], name
+
+
+def test_values_that_no_kernel_has_are_held_unquantized(kernels: KernelSet):
+    weight = random_quantized(every_scheme(64)["fp8a16"], 8, 64)
+    weight.values.view(torch.uint8)[2, 5] = 0x7F
+    packed = ops.pack_quantized(weight, dtype=torch.bfloat16)
+    assert kernels.name == "reference" or packed.scheme is None
+    result = ops.linear(torch.ones(1, 64).bfloat16(), packed)
+    assert result[0].isnan().nonzero().squeeze(1).tolist() == [2]
 
 
 def test_a_scheme_without_a_kernel_is_held_unquantized(kernels: KernelSet, monkeypatch, caplog):

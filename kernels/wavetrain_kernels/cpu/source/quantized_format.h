@@ -79,9 +79,9 @@ struct Piece {
 // Calls visit(piece) for the segments [begin, end) of a row, in order.
 template <typename Visit>
 inline void for_each_piece(const QuantizedFormat& format, int64_t begin, int64_t end, Visit visit) {
-    int64_t size = format.group_segments(), last = format.groups() - 1;
-    for (int64_t at = begin; at < end;) {
-        int64_t group = at / size < last ? at / size : last;
+    int64_t size = format.group_segments(), last = format.groups() - 1, group = begin / size;
+    if (group > last) group = last;
+    for (int64_t at = begin; at < end; ++group) {
         int64_t group_end = group == last ? format.segments() : (group + 1) * size;
         int64_t stop = group_end < end ? group_end : end;
         visit(Piece{group, at, stop, at == group * size, stop == group_end});

@@ -100,9 +100,8 @@ struct QuadSource {
 class Int8Quads : public QuadSource {
   public:
     static constexpr int kBytes = 512;
-    explicit Int8Quads(const float*) {}
     static constexpr int32_t center() { return 128; }
-    static uint8_t code(uint8_t value) { return value ^ 0x80; }
+    uint8_t code(uint8_t value) const { return value ^ 0x80; }
     static void put(uint8_t* segment, int half, int column, int input, uint8_t code) {
         segment[input / 4 * 128 + half * 64 + column * 4 + input % 4] = code;
     }
@@ -116,7 +115,6 @@ class Int8Quads : public QuadSource {
 class Int4Quads : public QuadSource {
   public:
     static constexpr int kBytes = 256;
-    explicit Int4Quads(const float*) {}
     static constexpr int32_t center() { return 8; }
     static void put(uint8_t* segment, int half, int column, int input, uint8_t code) {
         segment[input / 4 * 64 + column * 4 + input % 4] |= (uint8_t)(code << half * 4);

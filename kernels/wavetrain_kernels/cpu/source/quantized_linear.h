@@ -37,7 +37,7 @@ inline void run(const QuantizedLinear& op, const Source& source) {
 #if WAVETRAIN_AMX
         multiply_on_tiles(op, source, memory->totals, memory->partial, memory->decoded, row, count, panel), ++unit;
 #else
-        if (count <= kRowsAtMost) {
+        if (count <= kRowsAtOnce) {
             int64_t last = panels - panel < units.end - unit ? panels - panel : units.end - unit;
             unit += multiply_few_rows(op, source, memory->totals, row, count, panel, last);
             continue;

@@ -2,8 +2,6 @@
 // Making panels of a quantized weight, once at load.
 #pragma once
 
-#include <type_traits>
-
 #include "quantized_format.h"
 #include "quantized_integers.h"
 
@@ -23,7 +21,8 @@ inline uint16_t half_of(float x) {
 }
 
 template <typename Source>
-inline void pack_segment(uint8_t* to, const QuantizedFormat& format, const QuantizedSource& from, int64_t panel, int64_t input) {
+inline void pack_segment(uint8_t* to, const Source& source, const QuantizedFormat& format, const QuantizedSource& from,
+                         int64_t panel, int64_t input) {
     memset(to, 0, (size_t)format.segment_bytes());
     int64_t last = format.k - input < kSegment ? format.k - input : kSegment, half_bytes = ceil_div(format.k, 2);
     for (int half = 0; half < 2; ++half)
@@ -35,7 +34,7 @@ inline void pack_segment(uint8_t* to, const QuantizedFormat& format, const Quant
                 if constexpr (Source::kBytes == 256)
                     Source::put(to, half, column, i, from.values[row * half_bytes + at / 2] >> at % 2 * 4 & 15);
                 else
-                    Source::put(to, half, column, i, Source::code(from.values[row * format.k + at]));
+                    Source::put(to, half, column, i, source.code(from.values[row * format.k + at]));
             }
         }
 }
@@ -53,7 +52,7 @@ inline void pack_header(uint8_t* to, const QuantizedFormat& format, const Quanti
 }
 
 template <typename Source>
-inline void pack_panels(uint8_t* packed, const QuantizedFormat& format, const QuantizedSource& from) {
+inline void pack_panels(uint8_t* packed, const Source& source, const QuantizedFormat& format, const QuantizedSource& from) {
 #pragma omp parallel
     {
         Range panels = share(num_panels(format.n, format.is_gated));
@@ -63,7 +62,7 @@ inline void pack_panels(uint8_t* packed, const QuantizedFormat& format, const Qu
                 pack_header(start + piece.group * format.group_bytes(), format, from, panel, piece.group);
                 for (int64_t at = piece.begin; at < piece.end; ++at) {
                     uint8_t* segment = (uint8_t*)segment_at(format, start, piece.group, at);
-                    pack_segment<Source>(segment, format, from, panel, at * kSegment);
+                    pack_segment(segment, source, format, from, panel, at * kSegment);
                 }
             });
         }
@@ -74,20 +73,18 @@ inline void pack_panels(uint8_t* packed, const QuantizedFormat& format, const Qu
 template <typename Visit>
 inline void with_source(const QuantizedFormat& format, const float* codebook, Visit visit) {
     static constexpr float kIntegers[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-    if (format.has_int_inputs) return format.is_four_bit() ? visit(Int4Quads(nullptr)) : visit(Int8Quads(nullptr));
+    if (format.has_int_inputs) return format.is_four_bit() ? visit(Int4Quads()) : visit(Int8Quads());
     switch (format.values) {
         case ValueFormat::kInt4: return visit(Int4Pairs(kIntegers));
         case ValueFormat::kCodebook: return visit(CodebookPairs(codebook));
-        case ValueFormat::kInt8: return visit(Int8Pairs(nullptr));
-        case ValueFormat::kFp8: return visit(Fp8Pairs(nullptr));
+        case ValueFormat::kInt8: return visit(int8_pairs());
+        case ValueFormat::kFp8: return visit(fp8_pairs());
     }
 }
 
 inline void pack_quantized(uint8_t* packed, const QuantizedFormat& format, const QuantizedSource& from) {
     static constexpr float kNoCodebook[16] = {};
-    with_source(format, kNoCodebook, [&](const auto& source) {
-        pack_panels<std::decay_t<decltype(source)>>(packed, format, from);
-    });
+    with_source(format, kNoCodebook, [&](const auto& source) { pack_panels(packed, source, format, from); });
 }
 
 }  // namespace wavetrain

@@ -8,7 +8,7 @@
 
 namespace wavetrain {
 
-constexpr int kRowsAtMost = kRowsAtOnce;
+constexpr int64_t kStreamBytes = 8 << 10;   // of a panel that many rows pass by
 constexpr int kAhead = 4096;   // bytes of a panel that are asked for before they are read
 
 // sums (+)= kRows rows of x times a segment of kPanels panels. kAhead: bytes ahead that a panel is asked for; 0: it is not.
@@ -51,11 +51,11 @@ template <typename Data>
 struct Product {
     const QuantizedLinear& op;
     const Data& data;
+    Correction left;
     const uint8_t* panel;     // the first one
     const uint8_t* decoded;   // segments from `first_segment` on, or null: they are read from the panels
     int64_t first_segment;
     int64_t row;              // the first one
-    Group (*load)(const QuantizedFormat&, const uint8_t*, int64_t);
 
     const uint8_t* at(int64_t group, int64_t segment) const {
         return decoded ? decoded + (segment - first_segment) * Data::kBytes : segment_at(op.format, panel, group, segment);
@@ -67,10 +67,10 @@ struct Product {
         constexpr int kInSteps = kRowBytes / (4 * Data::kUnits);   // segments of a step
         int64_t panel_stride = op.format.panel_bytes();
         typename Data::Sum sums[kPanels][kRows][2];
-        for (int panel = 0; panel < kPanels; ++panel)
+        for (int p = 0; p < kPanels; ++p)
             for (int i = 0; i < kRows; ++i)
                 for (int half = 0; half < 2; ++half)
-                    sums[panel][i][half] =
+                    sums[p][i][half] =
                         piece.is_first ? Data::zero() : load_sum<typename Data::Sum>(partial + i * kPanel + half * kTile);
         const char* x = op.x_row(row);
         const uint8_t* b = at(piece.group, piece.begin);
@@ -84,8 +84,9 @@ struct Product {
             return;
         }
         for (int p = 0; p < kPanels; ++p) {
-            Group group = load(op.format, panel + p * panel_stride, piece.group);
-            for (int i = 0; i < kRows; ++i) add_group(op, group, row + i, sums[p][i], totals + p * kBlock * kPanel + i * kPanel);
+            Group group(op.format, panel + p * panel_stride, piece.group, left.factor);
+            float* to = totals + p * kBlock * kPanel;
+            for (int i = 0; i < kRows; ++i) add_group(op, group, left, piece.group, row + i, sums[p][i], to + i * kPanel);
         }
     }
 
@@ -98,8 +99,7 @@ struct Product {
     template <int kAhead>
     void run_rows(int64_t rows, int64_t begin, int64_t end, float* totals, float* partial) const {
         switch (rows) {
-            case 1: return run<1, 1, kAhead>(begin, end, totals, partial);
-            case 2: return run<2, 1, kAhead>(begin, end, totals, partial);
+            case 1: case 2: return run<2, 1, kAhead>(begin, end, totals, partial);
 #if defined(__AVX512F__)
             case 3: case 4: return run<4, 1, kAhead>(begin, end, totals, partial);
             case 5: case 6: return run<6, 1, kAhead>(begin, end, totals, partial);
@@ -109,27 +109,32 @@ struct Product {
     }
 };
 
-// Few rows: values are decoded for each product. Several panels at once where one has too few sums to keep the core busy.
+// Few rows. Of one row several panels at once, as one panel has too few sums to keep the core busy.
 template <typename Source>
 inline int64_t multiply_few_rows(const QuantizedLinear& op, const Source& source, float* totals, int64_t row, int64_t count,
                                  int64_t panel, int64_t panels) {
-    constexpr int kPanelsOfOne = kRowsAtMost == 8 ? 4 : 2;
+    constexpr int kTogether = kRowsAtOnce == 8 ? 4 : 2;
     const uint8_t* start = op.packed + panel * op.format.panel_bytes();
-    Product<Source> product{op, source, start, nullptr, 0, row, load_group<Source>};
+    Product<Source> product{op, source, Correction(source), start, nullptr, 0, row};
     int64_t segments = op.format.segments(), done = 1;
-    if (count == 1 && panels >= kPanelsOfOne) product.template run<1, kPanelsOfOne, kAhead / kPanelsOfOne>(0, segments, totals, nullptr), done = kPanelsOfOne;
-    else product.template run_rows<kAhead>(count, 0, segments, totals, nullptr);
+    if (count == 1 && panels >= kTogether) {
+        product.template run<1, kTogether, kAhead / kTogether>(0, segments, totals, nullptr);
+        done = kTogether;
+    } else {
+        product.template run_rows<kAhead>(count, 0, segments, totals, nullptr);
+    }
     for (int64_t i = 0; i < done; ++i) finish_panel(op.target, totals + i * kBlock * kPanel, row, count, panel + i);
     return done;
 }
 
 // Segments of a panel, decoded one after the other.
 template <typename Source>
-inline void decode_segments(const QuantizedLinear& op, const Source& source, uint8_t* to, const uint8_t* panel, int64_t begin, int64_t end) {
+inline void decode_segments(const QuantizedLinear& op, const Source& source, uint8_t* to, const uint8_t* panel, int64_t begin,
+                            int64_t end) {
     for_each_piece(op.format, begin, end, [&](const Piece& piece) {
         const uint8_t* from = segment_at(op.format, panel, piece.group, piece.begin);
         for (int64_t at = piece.begin; at < piece.end; ++at, from += Source::kBytes) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
             for (int unit = 0; unit < Source::kUnits; ++unit) {
                 typename Source::Weights weights[2];
                 source.decode(weights, from, unit);
@@ -139,30 +144,28 @@ inline void decode_segments(const QuantizedLinear& op, const Source& source, uin
     });
 }
 
-// Many rows: some segments at a time, decoded once where that is more than moving bits.
+// Many rows: some segments at a time, which stay in the first-level cache. They are decoded for each eight rows, beside the
+// products; but where decoding takes as long as those, once for all.
 template <typename Source>
 inline void multiply_many_rows(const QuantizedLinear& op, const Source& source, float* totals, float* partial, uint8_t* decoded,
                                int64_t row, int64_t count, int64_t panel) {
-    constexpr int64_t kBytes = Source::kIsInt ? Source::kBytes : DecodedPairs::kBytes;
-    constexpr int64_t kSegments = kDecodedBytes / 2 / kBytes;
+    constexpr bool kIsDecoded = !Source::kIsInt && sizeof(Pairs) > 64;
+    constexpr int64_t kSegments = kIsDecoded ? kDecodedBytes / 2 / DecodedPairs::kBytes : kStreamBytes / Source::kBytes;
+    Correction left(source);
     const uint8_t* start = op.packed + panel * op.format.panel_bytes();
     int64_t segments = op.format.segments();
     for (int64_t begin = 0; begin < segments; begin += kSegments) {
         int64_t end = segments - begin < kSegments ? segments : begin + kSegments;
-        const uint8_t* next = start + op.format.panel_bytes() * end / segments;
-        int64_t next_bytes = op.format.panel_bytes() * (end - begin) / segments;
-        if constexpr (!Source::kIsInt) decode_segments(op, source, decoded, start, begin, end);
-        for (int64_t i = 0; i < count; i += kRowsAtMost) {
-            int64_t rows = count - i < kRowsAtMost ? count - i : kRowsAtMost;
-            for (int64_t at = next_bytes * i / count & ~63; at < next_bytes * (i + rows) / count; at += 64)
-                asm volatile("prefetcht0 %0" ::"m"(next[at]));
+        if constexpr (kIsDecoded) decode_segments(op, source, decoded, start, begin, end);
+        for (int64_t i = 0; i < count; i += kRowsAtOnce) {
+            int64_t rows = count - i < kRowsAtOnce ? count - i : kRowsAtOnce;
             float *sums = totals + i * kPanel, *parts = partial + i * kPanel;
-            if constexpr (Source::kIsInt)
-                Product<Source>{op, source, start, nullptr, 0, row + i, load_group<Source>}.template run_rows<kAhead>(
+            if constexpr (kIsDecoded)
+                Product<DecodedPairs>{op, DecodedPairs(), left, start, decoded, begin, row + i}.template run_rows<0>(
                     rows, begin, end, sums, parts);
             else
-                Product<DecodedPairs>{op, DecodedPairs(), start, decoded, begin, row + i, load_group<Source>}
-                    .template run_rows<0>(rows, begin, end, sums, parts);
+                Product<Source>{op, source, left, start, nullptr, 0, row + i}.template run_rows<kAhead>(
+                    rows, begin, end, sums, parts);
             if (end == segments) finish_panel(op.target, sums, row + i, rows, panel);
         }
     }

@@ -97,20 +97,21 @@ inline uint8_t* decode_tiles(const QuantizedLinear& op, const Source& source, ui
 
 // A piece of a group, times at most 32 rows; the totals get it when the group is done.
 template <typename Source>
-inline void multiply_piece(const QuantizedLinear& op, const Piece& piece, const Group& group, const uint8_t* tiles,
+inline void multiply_piece(const QuantizedLinear& op, const Correction& left, const Piece& piece, const uint8_t* panel, const uint8_t* tiles,
                            int64_t row, int64_t rows, float* totals, float* partial) {
     TileRange<Source> range(piece);
     const char* a = op.x_row(row) + range.begin * op.kStepBytes;
     if (rows > kTile) multiply_decoded<Source::kIsInt, 2>(partial, a, tiles, range.end - range.begin, piece.is_first);
     else multiply_decoded<Source::kIsInt, 1>(partial, a, tiles, range.end - range.begin, piece.is_first);
     if (!piece.is_last) return;
+    Group group(op.format, panel, piece.group, left.factor);
     for (int64_t i = 0; i < rows; ++i) {
         const float* from = partial + i * kPanel;
         typename Source::Sum sums[2];
         for (int half = 0; half < 2; ++half)
             if constexpr (Source::kIsInt) sums[half] = load_ints((const int32_t*)from + half * kTile);
             else sums[half] = load(from + half * kTile);
-        add_group(op, group, row + i, sums, totals + i * kPanel);
+        add_group(op, group, left, piece.group, row + i, sums, totals + i * kPanel);
     }
 }
 
@@ -130,7 +131,7 @@ inline void multiply_on_tiles(const QuantizedLinear& op, const Source& source, f
             int64_t rows = count - i < kBlock ? count - i : kBlock;
             const uint8_t* tiles = decoded;
             for_each_piece(op.format, begin, end, [&](const Piece& piece) {
-                multiply_piece<Source>(op, piece, load_group<Source>(op.format, start, piece.group), tiles, row + i, rows,
+                multiply_piece<Source>(op, Correction(source), piece, start, tiles, row + i, rows,
                                        totals + i * kPanel, partial + i * kPanel);
                 TileRange<Source> range(piece);
                 tiles += (range.end - range.begin) * kDecodedTileBytes;

@@ -171,9 +171,29 @@ class CodebookPairs : public PairSource, public Int4Place {
 
 #if defined(__AVX512BF16__)
 // Bytes are a sign and seven bits that a table of 128 makes a bf16 of, its two halves one after the other. A line is a unit.
+//
+// An int8 v is held as v + 1/2: all of them then have a negative.
 class BytePairs : public PairSource {
   public:
     static constexpr int kBytes = 512;
+    static BytePairs of_int8() {
+        float numbers[128];
+        for (int at = 0; at < 128; ++at) numbers[at] = (float)at + 0.5f;
+        return BytePairs(numbers, 0.5f);
+    }
+    static BytePairs of_fp8() {
+        float numbers[128];
+        for (int at = 0; at < 128; ++at) {
+            int exponent = at >> 3, mantissa = at & 7;
+            float one = exponent ? (float)(8 + mantissa) : (float)mantissa;   // times 2^(exponent - 10), of at least 1 - 10
+            for (int power = exponent ? exponent : 1; power < 10; ++power) one *= 0.5f;
+            for (int power = 10; power < exponent; ++power) one *= 2.0f;
+            numbers[at] = one;
+        }
+        return BytePairs(numbers, 0.0f);
+    }
+    float center() const { return center_; }
+    uint8_t code(uint8_t value) const { return center_ != 0.0f && value & 0x80 ? value ^ 0x7f : value; }
     static void put(uint8_t* segment, int half, int column, int input, uint8_t code) {
         // What unpacks to words in order.
         int word = column * 2 + input % 2;
@@ -188,8 +208,8 @@ class BytePairs : public PairSource {
         w[1] = {_mm512_unpackhi_epi8(low, high)};
     }
 
-  protected:
-    explicit BytePairs(const float (&numbers)[128]) {
+  private:
+    BytePairs(const float (&numbers)[128], float center) : center_(center) {
         uint8_t low[128], high[128];
         for (int at = 0; at < 128; ++at) {
             uint32_t bits;
@@ -200,46 +220,11 @@ class BytePairs : public PairSource {
             low_[part] = _mm512_loadu_si512(low + part * 64), high_[part] = _mm512_loadu_si512(high + part * 64);
     }
 
-  private:
     __m512i low_[2], high_[2];
+    float center_;
 };
-
-// An int8 v as v + 1/2: all of them then have a negative, which a byte of a sign and seven bits needs.
-class Int8Pairs : public BytePairs {
-  public:
-    explicit Int8Pairs(const float*) : BytePairs(Numbers().values) {}
-    static constexpr float center() { return 0.5f; }
-    static uint8_t code(uint8_t value) { return value & 0x80 ? value ^ 0x7f : value; }
-
-  private:
-    struct Numbers {
-        float values[128];
-        Numbers() {
-            for (int at = 0; at < 128; ++at) values[at] = (float)at + 0.5f;
-        }
-    };
-};
-
-class Fp8Pairs : public BytePairs {
-  public:
-    explicit Fp8Pairs(const float*) : BytePairs(Numbers().values) {}
-    static constexpr float center() { return 0.0f; }
-    static uint8_t code(uint8_t value) { return value; }
-
-  private:
-    struct Numbers {
-        float values[128];
-        Numbers() {
-            for (int at = 0; at < 128; ++at) {
-                int exponent = at >> 3, mantissa = at & 7;
-                float one = exponent ? (float)(8 + mantissa) : (float)mantissa;   // eighths of 2^(exponent - 7)
-                for (int power = exponent ? exponent : 1; power < 10; ++power) one *= 0.5f;
-                for (int power = 10; power < exponent; ++power) one *= 2.0f;
-                values[at] = one;
-            }
-        }
-    };
-};
+inline BytePairs int8_pairs() { return BytePairs::of_int8(); }
+inline BytePairs fp8_pairs() { return BytePairs::of_fp8(); }
 #else
 // 16 outputs' even inputs, then their odd ones, of each half.
 struct BytePlace {
@@ -251,9 +236,8 @@ struct BytePlace {
 
 class Int8Pairs : public PairSource, public BytePlace {
   public:
-    explicit Int8Pairs(const float*) {}
     static constexpr float center() { return 0.0f; }
-    static uint8_t code(uint8_t value) { return value; }
+    uint8_t code(uint8_t value) const { return value; }
     void decode(Pairs w[2], const uint8_t* p, int unit) const {
         for (int half = 0; half < 2; ++half) {
             const __m128i* at = (const __m128i*)(p + unit * 64 + half * 32);
@@ -275,9 +259,8 @@ class Int8Pairs : public PairSource, public BytePlace {
 class Fp8Pairs : public PairSource, public BytePlace {
   public:
     static constexpr float kFactor = 256.0f;
-    explicit Fp8Pairs(const float*) {}
     static constexpr float center() { return 0.0f; }
-    static uint8_t code(uint8_t value) { return value; }
+    uint8_t code(uint8_t value) const { return value; }
     void decode(Pairs w[2], const uint8_t* p, int unit) const {
         for (int half = 0; half < 2; ++half) {
             const __m128i* at = (const __m128i*)(p + unit * 64 + half * 32);
@@ -297,6 +280,8 @@ class Fp8Pairs : public PairSource, public BytePlace {
 #endif
     }
 };
+inline Int8Pairs int8_pairs() { return {}; }
+inline Fp8Pairs fp8_pairs() { return {}; }
 #endif
 
 }  // namespace wavetrain
