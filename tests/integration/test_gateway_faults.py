@@ -278,7 +278,8 @@ async def disconnect(gateway: RunningGateway, how: int) -> None:
     """Sends a request and goes away: before the answer, in it, half closed, or with a reset."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     body = json.dumps({"model": "m", "prompt": "p", "max_tokens": 50, "stream": how != 3}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    head += f"authorization: Bearer {KEY}"
     writer.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
     await writer.drain()
     if how in (1, 2):
@@ -307,7 +308,7 @@ async def test_a_reader_that_takes_nothing_is_let_go_and_others_go_on() -> None:
             slow.connect(("127.0.0.1", gateway.port))
             body = b'{"model": "m", "prompt": "p", "max_tokens": 1000, "stream": true}'
             slow.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+                b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: "
                 + str(len(body)).encode()
                 + b"\r\n\r\n"
                 + body
