@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu.contest import Calls, Contest, relative_error
 from gpu.timing import num_sets
 from wavetrain_kernels import ops
+from wavetrain_kernels.kv_cache import LARGEST_CODES
+from wavetrain_kernels.reference.kv_cache import dequantize_heads, quantize_heads
 
 # B = rows, T = tokens in the step, Hq = query heads, Hkv = key-value heads, D = head dimension, S = context.
 
@@ -126,6 +128,8 @@ def attention_contests(dtype: torch.dtype, device: torch.device, *, is_dry_run: 
     if is_dry_run:
         yield _contest("decode attention", Shape(2, 1, 40, **small), dtype, device, bar=("limit", 0.85))
         yield _contest("prefill attention", Shape(1, 24, 24, **small), dtype, device, bar=("cudnn sdpa", 0.75))
+        for codes in LARGEST_CODES:
+            yield _quantized_contest("decode attention", Shape(2, 1, 40, **small), dtype, codes, device)
         return
     for num_rows, seq_len in ((8, 8192), (64, 2048), (256, 1024), (1, 65536)):
         bar = None if num_rows == 1 else ("limit", 0.85)
@@ -136,6 +140,44 @@ def attention_contests(dtype: torch.dtype, device: torch.device, *, is_dry_run: 
         shape = Shape(16384 // seq_len, seq_len, seq_len)
         yield _contest("prefill attention", shape, dtype, device, bar=("cudnn sdpa", 0.75))
     yield _contest("chunk attention", Shape(1, 2048, 16384), dtype, device, bar=None)
+    for codes in LARGEST_CODES:
+        yield _quantized_contest("decode attention", Shape(64, 1, 2048), dtype, codes, device)
+        yield _quantized_contest("decode attention", Shape(8, 1, 8192), dtype, codes, device)
+        yield _quantized_contest("prefill attention", Shape(4, 4096, 4096), dtype, codes, device)
+
+
+def _quantized_contest(
+    group: str, shape: Shape, dtype: torch.dtype, codes: torch.dtype, device: torch.device
+) -> Contest:
+    """Over a cache of 8 bits, beside the same over one of `dtype`; the truth is of what the codes stand for."""
+    count = num_sets(shape.num_bytes(codes.itemsize), device)
+    sets = [Buffers.random(shape, dtype, device) for _ in range(count)]
+    quantized = [replace(buffers, cache=_quantized(buffers.cache, codes)) for buffers in sets]
+    exact = replace(quantized[0], cache=_dequantized(quantized[0].cache, dtype))
+    return Contest(
+        group=group,
+        case=f"{shape.num_rows} x {shape.seq_len}, {str(codes).removeprefix('torch.')} cache",
+        num_bytes=shape.num_bytes(codes.itemsize),
+        num_flops=shape.num_flops,
+        ours=[buffers.ours for buffers in quantized],
+        error=exact.error,
+        tolerance=_TOLERANCE,
+        peers={"unquantized cache": lambda: [buffers.ours for buffers in sets]},
+        bar=None,
+    )
+
+
+def _quantized(cache: ops.KVCache, codes: torch.dtype) -> ops.KVCache:
+    (key, key_scale), (value, value_scale) = (quantize_heads(heads, codes) for heads in (cache.key, cache.value))
+    return ops.KVCache(key, value, key_scale, value_scale)
+
+
+def _dequantized(cache: ops.KVCache, dtype: torch.dtype) -> ops.KVCache:
+    assert cache.key_scale is not None
+    assert cache.value_scale is not None
+    return ops.KVCache(
+        dequantize_heads(cache.key, cache.key_scale, dtype), dequantize_heads(cache.value, cache.value_scale, dtype)
+    )
 
 
 def _contest(

@@ -266,6 +266,7 @@ def decode_attention(
         num_kv_heads=cache.num_kv_heads,
         head_dim=query.shape[2],
         element_bytes=cache.key.element_size(),
+        scales_values=cache.is_quantized and query.dtype == torch.float16,
     )
     config = _config(shape, query.device)
     run(out, query, cache, metadata, scale, sliding_window, soft_cap, shape, config)
@@ -383,7 +384,7 @@ def aot_cases() -> Iterator[AotCase]:
             shape = DecodeShape(64, 1, num_heads, num_kv_heads, head_dim, 1)
             yield from _aot_cases("bf16", shape, 16, has_soft_cap, device, codes)
         quantized = dataclasses.replace(llama, element_bytes=1)
-        yield from _aot_cases("fp16", quantized, 16, False, device, codes)
+        yield from _aot_cases("fp16", dataclasses.replace(quantized, scales_values=True), 16, False, device, codes)
         yield from _aot_cases("bf16", dataclasses.replace(checking, element_bytes=1), 32, False, device, codes)
 
 

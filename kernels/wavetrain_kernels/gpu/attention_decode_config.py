@@ -51,6 +51,8 @@ class DecodeShape:
         num_rows: rows of the batch, padding included.
         max_query_len: most queries of a row that decode attention takes.
         element_bytes: of the cache; 1 where it is quantized.
+        scales_values: values are scaled before they are multiplied, as of a quantized cache in float16. It takes
+            registers, which a tile of half the keys leaves.
     """
 
     num_rows: int
@@ -59,6 +61,7 @@ class DecodeShape:
     num_kv_heads: int
     head_dim: int
     element_bytes: int
+    scales_values: bool = False
 
     @property
     def group(self) -> int:
@@ -112,7 +115,7 @@ def decode_config(shape: DecodeShape, device: DeviceTraits, tuned: Mapping[str, 
     num_warps = measured.get("num_warps", 8 if is_wide else 4)
     programs_per_sm = measured.pop("programs_per_sm", 1 if is_wide else 2)
     num_programs = max(1, device.num_sms * programs_per_sm // shape.num_kv_heads)
-    tile_n = _TILE_ELEMENTS // block_d // (2 if block_m > _WIDE_TILE else 1)
+    tile_n = _TILE_ELEMENTS // block_d // (2 if block_m > _WIDE_TILE or shape.scales_values else 1)
     tile_n = max(_MIN_TILE_N, min(_MAX_TILE_N, tile_n))
     stages_of = functools.partial(_num_stages, device, programs_per_sm, block_m, block_d, shape.element_bytes)
     while tile_n > _MIN_TILE_N and stages_of(tile_n) < _MIN_STAGES:

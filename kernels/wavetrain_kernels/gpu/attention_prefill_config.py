@@ -9,6 +9,8 @@ What decides on Hopper, by count (no GPU was at hand when this was written; scri
     - Shared memory. A product of 64 keys reads as many bytes of query as of key, and the ports would be the limit; so
       the query stays in registers where they suffice. Three stages: Triton starts the copies of a stage at the end of
       an iteration, so that with two it would wait for them at once.
+    - A quantized cache. Widening codes takes registers, so the query goes to shared memory, where half as many bytes of
+      keys leave it room, and heads of 64 get tiles of 64 keys.
 """
 
 from __future__ import annotations
@@ -105,12 +107,13 @@ def _heuristic(shape: PrefillShape, device: DeviceTraits) -> PrefillConfig:
     # Ampere, Ada and small Blackwell chips multiply in step with the program: there is nothing to overlap.
     is_asynchronous = device.capability[0] in (9, 10)
     block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+    has_registers = shape.element_bytes == 2 and not shape.is_quantized
     block_d = next_power_of_2(shape.head_dim)
     if shape.element_bytes > 2:  # float32 is for tests: no matrix unit multiplies it exactly
         block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
     elif block_d > 128:
         block_m, block_n = (128 if is_asynchronous else 64), 32
-    elif is_asynchronous and block_d <= 64:
+    elif is_asynchronous and block_d <= 64 and not shape.is_quantized:
         block_n = 128
     elif not is_asynchronous and block_d > 64:
         block_n = 32
@@ -120,7 +123,7 @@ def _heuristic(shape: PrefillShape, device: DeviceTraits) -> PrefillConfig:
         block_n=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
-        query_in_registers=is_asynchronous and shape.element_bytes == 2 and block_d <= 128,
+        query_in_registers=is_asynchronous and has_registers and block_d <= 128,
         is_skewed=is_asynchronous,
     )
 

@@ -7,6 +7,8 @@ the bits, and convert them by integer arithmetic. What writes the cache does so 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,10 +32,9 @@ QUANTIZED_TYPES = ("i8", "fp8e4nv", "u8")
 def cache_signature(dtype: str, codes: str | None) -> tuple[dict[str, str], dict[str, object]]:
     """Returns types of a reading kernel's pointers to a cache, and those that are None; codes None: of `dtype`."""
     signature = {"key_ptr": f"*{codes or dtype}", "value_ptr": f"*{codes or dtype}"}
-    scales = ("key_scale_ptr", "value_scale_ptr")
     if codes is None:
-        return signature, dict.fromkeys(scales)
-    return signature | dict.fromkeys(scales, "*bf16"), {}
+        return signature, {"key_scale_ptr": None, "value_scale_ptr": None}
+    return signature | {"key_scale_ptr": "*bf16", "value_scale_ptr": "*bf16"}, {}
 
 
 def archs_of(codes: str | None) -> tuple[str, ...] | None:
@@ -70,7 +71,7 @@ def widen_codes(codes, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def load_scales(key_scale_ptr, value_scale_ptr, offsets, is_wanted) -> tl.tensor:
+def load_scales(key_scale_ptr, value_scale_ptr, offsets, is_wanted) -> Any:
     """Scales of keys and of values in float32; 0 where not wanted, since what lies there may be NaN.
 
     The pointers are None where there are none: then what is returned is none for the functions below.
@@ -121,10 +122,12 @@ def codes_of(x, scale, LARGEST_CODE: tl.constexpr) -> tl.tensor:
     wide = x.to(tl.float32) * (1.0 / scale)
     if LARGEST_CODE < 128:
         # In the last bits of 1.5 * 2^23 + x stands x, rounded.
-        return ((wide + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-    magnitude = tl.abs(wide)
-    bits = magnitude.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    subnormal = (magnitude + _SUBNORMAL_SHIFT).to(tl.int32, bitcast=True) - _SUBNORMAL_SHIFT_BITS
-    sign = (wide.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (tl.where(magnitude < _LEAST_NORMAL, subnormal, normal) | sign).to(tl.uint8)
+        codes = ((wide + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    else:
+        magnitude = tl.abs(wide)
+        bits = magnitude.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+        subnormal = (magnitude + _SUBNORMAL_SHIFT).to(tl.int32, bitcast=True) - _SUBNORMAL_SHIFT_BITS
+        sign = (wide.to(tl.int32, bitcast=True) >> 24) & 0x80
+        codes = (tl.where(magnitude < _LEAST_NORMAL, subnormal, normal) | sign).to(tl.uint8)
+    return codes

@@ -67,8 +67,10 @@ def test_greedy_tokens_are_those_of_the_cpu(directory: Path, cores: list[RealCor
         assert cores[1].run_one(prompt) == cores[0].run_one(prompt)
 
 
-def test_graphs_compute_what_eager_steps_do(directory: Path, cores: list[RealCore]) -> None:
-    cores += [gpu_core(directory, max_num_seqs=1), gpu_core(directory, max_num_seqs=1, enforce_eager=True)]
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_graphs_compute_what_eager_steps_do(directory: Path, cores: list[RealCore], kv_cache_dtype: str) -> None:
+    flags = {"max_num_seqs": 1, "kv_cache_dtype": kv_cache_dtype}
+    cores += [gpu_core(directory, **flags), gpu_core(directory, **flags, enforce_eager=True)]
     assert graphs_of(cores[0]) is not None, "the log says why nothing was captured"
     assert graphs_of(cores[1]) is None
     assert serve(cores[0]) == serve(cores[1])
@@ -79,10 +81,11 @@ def test_a_step_in_flight_changes_nothing(directory: Path, cores: list[RealCore]
     assert serve(cores[0]) == serve(cores[1])
 
 
-def test_nothing_is_compiled_while_serving(directory: Path, cores: list[RealCore]) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_nothing_is_compiled_while_serving(directory: Path, cores: list[RealCore], kv_cache_dtype: str) -> None:
     from wavetrain_kernels.gpu.launch import compile_count, compiled_since
 
-    cores.append(gpu_core(directory, num_blocks=20, max_model_len=128))
+    cores.append(gpu_core(directory, num_blocks=20, max_model_len=128, kv_cache_dtype=kv_cache_dtype))
     before = compile_count()
     serve(cores[0])
     assert compiled_since(before) == []

@@ -73,7 +73,7 @@ def test_progress_and_log(checkpoint: Path, caplog: pytest.LogCaptureFixture) ->
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
     assert calls[-1][1] == calls[-1][2] == facts.weight_bytes
     assert "LlamaForCausalLM, float32 on cpu, " in caplog.text
-    assert "KV cache: 64 blocks of 16 tokens" in caplog.text
+    assert "KV cache: float32, 64 blocks of 16 tokens" in caplog.text
     assert "2.0 requests of 512 tokens at once" in caplog.text
 
 
