@@ -2,7 +2,7 @@
 """Products of 16-bit rows with weights of 4 or 8 bits: out = x @ weight.T, the weight widened in registers.
 
 Of few rows, reading the weight is all the time there is, so what counts is bytes in flight and instructions a value:
-two and a bit for 4-bit values, where an H200 has time for three.
+some 2.4 for 4-bit values, where an H200 has time for three.
 - The product is turned round, out.T = weight @ x.T: the widened weight is the left operand, which Hopper's warp-group
   instructions take from registers (as Machete and Marlin do). It never passes through shared memory once widened.
 - Sums of one group are scaled, not the weights: 16 rows have eight times fewer sums than a group of 128 has weights.
