@@ -308,10 +308,8 @@ async def test_a_reader_that_takes_nothing_is_let_go_and_others_go_on() -> None:
             slow.connect(("127.0.0.1", gateway.port))
             body = b'{"model": "m", "prompt": "p", "max_tokens": 1000, "stream": true}'
             slow.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
-                + str(len(body)).encode()
-                + b"\r\n\r\n"
-                + body
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+                b"content-type: application/json\r\ncontent-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
             )
             await until(lambda: replicas_of(gateway)[0].num_running == 1)
             for _ in range(10):
