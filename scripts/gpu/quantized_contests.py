@@ -17,6 +17,9 @@ from wavetrain_kernels import ops
 
 # T = rows, N = outputs, K = inputs.
 
+# pyright: reportPrivateImportUsage=false
+# torch has its products of few bits under names of its own only.
+
 _CUBLAS = "cublas bf16"
 _TOLERANCE = 1e-2
 _ROUNDED_TOLERANCE = 5e-2  # rows in e4m3 are some 3 % off

@@ -97,7 +97,9 @@ class GatedLinear(MergedLinear):
         super().__init__(in_features, {"gate_proj": out_features, "up_proj": out_features}, bias=bias, dtype=dtype)
         self._activation: ops.GatedActivation = activation
 
-    def forward(self, x: Rows, inputs_for: PackedWeight | None = None) -> Rows:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Rows, inputs_for: PackedWeight | None = None
+    ) -> Rows:
         """Returns the gated units, as the weight wants them that will read them."""
         if self.is_separate:
             gate, up = (part.float() for part in self.project_parts(x))
