@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -298,7 +299,7 @@ def _product_cases(
     down: ProductConfig,
 ) -> Iterator[AotCase]:
     indices = {"sorted_ptr": "*i32", "tiles_ptr": "*i32", "num_tiles": "i32"}
-    kinds = {"is_decode": block_m <= 32, "expects_wgmma": block_m >= 64}
+    kinds: dict[str, Any] = {"is_decode": block_m <= 32, "expects_wgmma": block_m >= 64}
     stride = "i32:16" if hidden % 16 == 0 else "i32"
     yield AotCase(
         f"moe_gate_up/{name}",
