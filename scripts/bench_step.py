@@ -50,7 +50,7 @@ from wavetrain_engine.worker.device_batch import DeviceBatch, StepShape
 from wavetrain_engine.worker.device_runner import DeviceRunner
 from wavetrain_engine.worker.input_batch import InputBatch
 from wavetrain_engine.worker.model_runner import ModelRunner
-from wavetrain_kernels.ops import AttentionMetadata
+from wavetrain_kernels.ops import AttentionMetadata, WantedTokens
 
 VOCAB_SIZE = 8
 TOKEN_ID = 3
@@ -98,11 +98,16 @@ class NullModel(Model):
         self._logits[:, TOKEN_ID] = 1.0
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: list[KVCache],
+        metadata: AttentionMetadata,
+        wanted: WantedTokens | None = None,
     ) -> Tensor:
         """See Model."""
         del positions, kv_caches, metadata
-        return self._hidden[: len(input_ids)]
+        return self._hidden[: len(input_ids if wanted is None else wanted.indices)]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """See Model."""
