@@ -32,7 +32,6 @@ EXTRA: dict[str, dict[str, Any]] = {
     "w4a16 gptq, zero points": {"scheme": "w4a16", "method": "gptq", "is_symmetric": False},
     "w4a16 gptq, without act-order": {"scheme": "w4a16", "method": "gptq", "has_act_order": False},
 }
-MARKERS = {"rtn": "o", "gptq": "s", "awq": "^", "smoothquant": "D"}
 
 
 def recipes() -> dict[str, Recipe]:
@@ -65,29 +64,21 @@ def row(name: str, report: dict[str, Any]) -> str:
 
 
 def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draws what a size costs."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    """Draws how far each result's predictions are from the original's, the nearest on top."""
+    names = sorted(reports, key=lambda name: reports[name]["held_out"]["kl_divergence"], reverse=True)
     schemes = list(SCHEMES)
-    for name, report in reports.items():
-        recipe, ratio = report["recipe"], report["held_out"]["perplexity_ratio"]
-        if name in EXTRA:
-            continue
-        axes.plot(
-            report["size"]["bytes"] / 2**20,
-            max(100 * (ratio - 1), 0.01),
-            MARKERS[recipe["method"]],
-            color=f"C{schemes.index(recipe['scheme'])}",
-            markersize=8,
-            alpha=0.8,
-            label=name,
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("size of the weight files (MiB)")
-    axes.set_ylabel("perplexity over the original's (%)")
-    axes.set_title("What a smaller checkpoint costs: the demo model, on text it has not seen")
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path)
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wavetrain"}):
+        figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+        divergences = [reports[name]["held_out"]["kl_divergence"] for name in names]
+        colours = [f"C{schemes.index(reports[name]['recipe']['scheme'])}" for name in names]
+        bars = axes.barh(names, divergences, color=colours)
+        axes.bar_label(bars, [f" {reports[name]['size']['bytes'] / 2**20:.2f} MiB" for name in names], fontsize=8)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.set_xlabel("KL divergence from the original's predictions (nats), on held-out text")
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

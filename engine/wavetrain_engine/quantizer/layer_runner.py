@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,10 +94,10 @@ class LayerRunner:
         return caches, offsets.repeat(num_windows), metadata
 
 
-def _watched(forward: Callable[[Tensor], Tensor], watch: Watch) -> Callable[[Tensor], Tensor]:
+def _watched(forward: Callable[..., Tensor], watch: Watch) -> Callable[..., Tensor]:
     # Not a hook: those are passed by where a module calls its own `forward`.
-    def look(x: Tensor) -> Tensor:
+    def look(x: Tensor, *others: Any) -> Tensor:
         watch(x)
-        return forward(x)
+        return forward(x, *others)
 
     return look
