@@ -52,12 +52,17 @@ def _top(position: Position, num_top: int) -> list[Logprob]:
 
 
 def _top_by_text(position: Position) -> dict[str, float] | None:
-    """Token text to log-probability, the token that is there among them; null where nothing is known."""
+    """Token text to log-probability, the token that is there among them; null where nothing is known.
+
+    Tokens of one text (parts of characters) are shown as the likeliest of them, so a token that is there and below
+    its position's maximum is never taken for the model's own choice.
+    """
     if any(math.isnan(entry.logprob) for entry in position.values()):
         return None
     found: dict[str, float] = {}
     for entry in position.values():
-        found.setdefault(entry.decoded_token or "", entry.logprob)
+        text = entry.decoded_token or ""
+        found[text] = max(entry.logprob, found.get(text, entry.logprob))
     return found
 
 

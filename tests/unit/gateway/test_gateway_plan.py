@@ -132,3 +132,10 @@ def test_logprobs_of_part_of_a_character_have_no_bytes() -> None:
     assert (entry["bytes"], [item["bytes"] for item in entry["top_logprobs"]]) == (None, [None, [195, 169]])
     shown = completion_logprobs([position, position], 2, 10)
     assert (shown["text_offset"], shown["token_logprobs"]) == ([10, 11], [-0.5, -0.5])
+
+
+def test_tokens_of_one_text_are_shown_as_the_likeliest_of_them() -> None:
+    # lm-eval takes a token at its position's maximum for the model's own choice.
+    position = {5: Logprob(-3.0, 7, "\ufffd"), 6: Logprob(-0.5, 1, "\ufffd")}
+    shown = completion_logprobs([position], 1, 0)
+    assert (shown["token_logprobs"], shown["top_logprobs"]) == ([-3.0], [{"\ufffd": -0.5}])
