@@ -65,9 +65,7 @@ def test_behind_a_norm(name, adds, weight_offset, device):
     x, residual = (torch.randn(5, 400, device=device).to(DTYPE)[:, ::2] for _ in range(2))
     norm_weight, weight = torch.randn(200, device=device).to(DTYPE), packed(name, 40, 200, device)
     if adds:
-        rows, total = ops.add_rms_norm(
-            x, residual, norm_weight, 1e-5, weight_offset=weight_offset, inputs_for=weight
-        )
+        rows, total = ops.add_rms_norm(x, residual, norm_weight, 1e-5, weight_offset=weight_offset, inputs_for=weight)
         plain, expected = ops.add_rms_norm(x, residual, norm_weight, 1e-5, weight_offset=weight_offset)
         assert torch.equal(total, expected)
     else:
