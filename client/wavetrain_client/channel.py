@@ -22,7 +22,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # After a refused connection gRPC would not try again for 1 s, then longer, up to 2 min; a retry has to find a
     # server that is back.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     # Named oddly: it is the least time that one connection attempt gets.
     ("grpc.min_reconnect_backoff_ms", 5_000),
 )

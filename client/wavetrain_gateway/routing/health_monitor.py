@@ -20,6 +20,7 @@ from wavetrain_gateway.routing.settings import HealthSettings
 
 # In front of every caller's: lower is earlier, and tiers are small numbers.
 _CANARY_PRIORITY = -1_000_000
+_FIRST_PERIOD_S = 0.2
 _CANARY_PROMPT = "1"
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,12 @@ class HealthMonitor:
                 # Whatever it was, a replica that nobody looks after would stay as it is for ever.
                 _log.exception("the check of replica %s failed", self._replica.name)
             # Not in step with the other replicas' checks, nor with other gateways.
-            await asyncio.sleep(self._settings.probe_period_s * random.uniform(0.9, 1.1))
+            await asyncio.sleep(self._period_s() * random.uniform(0.9, 1.1))
+
+    def _period_s(self) -> float:
+        """A server that starts together with the gateway is noticed soon."""
+        period_s = self._settings.probe_period_s
+        return period_s if self._replica.last_answer_s is not None else min(period_s, _FIRST_PERIOD_S)
 
     async def _is_well(self) -> bool:
         replica = self._replica

@@ -20,7 +20,7 @@ class HealthSettings(_Settings):
     """When a replica takes requests.
 
     Attributes:
-        probe_period_s: how often the server is asked whether it is ready.
+        probe_period_s: how often the server is asked whether it is ready; more often until it was for the first time.
         probe_timeout_s: how long it may take to say so.
         num_failed_probes: in a row, that make a replica unhealthy.
         canary_period_s: how often one token is generated where no request of anybody was answered in the meantime.
