@@ -203,7 +203,8 @@ def _ready_text(given: argparse.Namespace, host: str, repository: _Repository, g
         example = example_request(host=host, http_port=given.http_port, prompt=repository.prompt)
     openai = ""
     if gateway is not None and gateway.wait_until_ready(host, given.gateway_port, _GATEWAY_TIMEOUT_S):
-        openai = f"OpenAI API http://{given.host}:{given.gateway_port}/v1, "
+        gateway_url = f"http://{given.host}:{given.gateway_port}"
+        openai = f"page {gateway_url}/, OpenAI API {gateway_url}/v1, "
     return (
         f"on http://{given.host}:{given.http_port} ({openai}gRPC {given.host}:{given.grpc_port}, metrics "
         f"http://{given.host}:{given.metrics_port}/metrics); try: {example}"
