@@ -21,6 +21,7 @@ from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.gguf.block_types import BlockType
 from wavetrain_engine.gguf.byte_cursor import ByteCursor
 from wavetrain_engine.gguf.metadata import Metadata, shown
+from wavetrain_engine.tensor_entry import TensorEntry
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -34,29 +35,12 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.g
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """One tensor: bytes [begin, end) of a file; `dtype` in the format's own spelling (F32, Q4_K, ...)."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return self.end - self.begin
-
-
-@dataclass(frozen=True, slots=True)
 class GgufFile:
     """A GGUF checkpoint: its metadata, and its tensors by the names they have there, in the order they lie."""
 
     path: Path
     metadata: Metadata
-    tensors: dict[str, TensorRecord]
+    tensors: dict[str, TensorEntry]
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
@@ -178,9 +162,9 @@ def _read_info(cursor: ByteCursor, file_name: str, alignment: int) -> _Info:
     return _Info(name, block.name, tuple(reversed(dimensions)), num_bytes, offset)
 
 
-def _place(path: Path, infos: list[_Info], start: int, alignment: int, size: int) -> dict[str, TensorRecord]:
+def _place(path: Path, infos: list[_Info], start: int, alignment: int, size: int) -> dict[str, TensorEntry]:
     """Returns where the tensors are, having checked that they lie one after the other and inside the file."""
-    tensors: dict[str, TensorRecord] = {}
+    tensors: dict[str, TensorEntry] = {}
     expected = 0
     for info in infos:
         what = f"tensor {shown(info.name)}"
@@ -197,6 +181,6 @@ def _place(path: Path, infos: list[_Info], start: int, alignment: int, size: int
                 f"{path.name} is truncated: {what} needs bytes {begin} to {begin + info.num_bytes}, the file has "
                 f"{size}; download it again"
             )
-        tensors[info.name] = TensorRecord(path, info.name, info.dtype, info.shape, begin, begin + info.num_bytes)
+        tensors[info.name] = TensorEntry(path, info.name, info.dtype, info.shape, begin, begin + info.num_bytes)
         expected = -(-(info.offset + info.num_bytes) // alignment) * alignment
     return tensors

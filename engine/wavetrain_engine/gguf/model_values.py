@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from wavetrain_engine.errors import CheckpointError, UnsupportedModelError
-from wavetrain_engine.gguf.gguf_file import GgufFile, TensorRecord
+from wavetrain_engine.gguf.gguf_file import GgufFile
 from wavetrain_engine.gguf.metadata import Metadata, shown
 from wavetrain_engine.gguf.vocabulary import end_token_ids
+from wavetrain_engine.tensor_entry import TensorEntry
 
 ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDING = "token_embd.weight"
@@ -250,7 +251,7 @@ def _refuse_scales(metadata: Metadata, key: Callable[[str], str]) -> None:
             raise UnsupportedModelError(f"{metadata.where}: {key(name)} is not supported")
 
 
-def _dtype(embedding: TensorRecord, file: GgufFile) -> str:
+def _dtype(embedding: TensorEntry, file: GgufFile) -> str:
     """Returns the dtype to compute in: that of the largest tensors; of quantized ones, the one of widest range."""
     matrices = [tensor.dtype for tensor in file.tensors.values() if len(tensor.shape) > 1]
     usual = max(sorted(set(matrices)), key=matrices.count, default=embedding.dtype)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.checkpoint import INDEX_FILE, SINGLE_FILE
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 _PIECE_BYTES = 2**24
 _ALIGNMENT = 8  # of the tensors in a file: what readers that map it want

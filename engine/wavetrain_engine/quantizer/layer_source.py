@@ -16,11 +16,11 @@ from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.models.registry import create_model, resolve_dtype
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.checkpoint import Checkpoint
 from wavetrain_engine.weights.expert_stacks import unstack_experts
 from wavetrain_engine.weights.loader import filling
 from wavetrain_engine.weights.name_map import Target, check_tensors, name_map
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
 
 _CPU = torch.device("cpu")

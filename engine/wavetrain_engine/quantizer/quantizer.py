@@ -36,9 +36,9 @@ from wavetrain_engine.quantizer.report_plot import draw_report
 from wavetrain_engine.quantizer.rounding import Grid
 from wavetrain_engine.quantizer.text_windows import TextWindows, check_tokens
 from wavetrain_engine.quantizer.work_folder import WorkFolder, write_json
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.text.tokenizer import Tokenizer
 from wavetrain_engine.version import VERSION
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 from wavetrain_engine.worker.cpu_threads import set_cpu_threads
 from wavetrain_kernels.ops import choose_kernels
 

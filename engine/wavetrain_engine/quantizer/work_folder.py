@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wavetrain_engine.errors import ConfigError
-from wavetrain_engine.weights.safetensors_header import TensorEntry, read_header
+from wavetrain_engine.tensor_entry import TensorEntry
+from wavetrain_engine.weights.safetensors_header import read_header
 
 _MANIFEST = "manifest.json"
 

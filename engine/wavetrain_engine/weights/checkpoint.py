@@ -15,8 +15,9 @@ from typing import Any, cast
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.gguf.gguf_file import GgufFile
 from wavetrain_engine.model_location import ModelLocation
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.gguf_tensors import gguf_tensors
-from wavetrain_engine.weights.safetensors_header import TensorEntry, read_header
+from wavetrain_engine.weights.safetensors_header import read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

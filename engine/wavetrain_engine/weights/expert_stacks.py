@@ -17,8 +17,8 @@ from torch import nn
 
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.layers.moe import ExpertProjection, MixtureOfExperts
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.checkpoint import first_few
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 # E = experts, I = units of an expert, H = hidden size.
 

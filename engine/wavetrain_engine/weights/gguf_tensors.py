@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.gguf.block_types import DENSE_TYPES, can_decode
-from wavetrain_engine.gguf.gguf_file import GgufFile, TensorRecord
+from wavetrain_engine.gguf.gguf_file import GgufFile
 from wavetrain_engine.gguf.metadata import shown
 from wavetrain_engine.gguf.model_values import ROPE_FACTORS, architecture_of
-from wavetrain_engine.weights.safetensors_header import TensorEntry
+from wavetrain_engine.tensor_entry import TensorEntry
 
 _LAYER = re.compile(r"blk\.(\d{1,4})\.(.+)\.(weight|bias)")
 _OLD_EXPERT = re.compile(r"ffn_(gate|down|up)\.(\d{1,3})")
@@ -101,7 +101,7 @@ def _check_types(file: GgufFile) -> None:
             )
 
 
-def _renamed(stored: TensorRecord, file: GgufFile) -> Iterator[GgufTensor]:
+def _renamed(stored: TensorEntry, file: GgufFile) -> Iterator[GgufTensor]:
     """Yields one tensor, or each expert's of a stack."""
     architecture = architecture_of(file.metadata)
     plain = GgufTensor(

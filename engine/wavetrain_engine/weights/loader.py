@@ -24,10 +24,10 @@ from wavetrain_engine.layers.linear import Linear
 from wavetrain_engine.layers.parameter import PackedModule
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.checkpoint import Checkpoint
 from wavetrain_engine.weights.expert_stacks import unstack_experts
 from wavetrain_engine.weights.name_map import EMBEDDING, OUTPUT_HEAD, Target, name_map
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 from wavetrain_engine.weights.stored_weight import StoredTensor, StoredWeight
 from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
 from wavetrain_engine.weights.weight_plan import describe_plan, plan_weights

@@ -18,9 +18,9 @@ from wavetrain_engine.layers.linear import MergedLinear
 from wavetrain_engine.layers.moe import ExpertProjection
 from wavetrain_engine.quantization.kv_scales import is_kv_scale
 from wavetrain_engine.quantization.stored_format import FLOAT_DTYPES, TensorSpec
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.checkpoint import first_few
 from wavetrain_engine.weights.gguf_tensors import GgufTensor
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"

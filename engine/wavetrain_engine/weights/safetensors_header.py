@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.tensor_entry import TensorEntry
 
 # The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
@@ -25,23 +26,6 @@ _DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor: bytes [begin, end) of a checkpoint file; `dtype` in the format's own spelling (F32, BF16, ...)."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return self.end - self.begin
 
 
 def read_header(path: Path) -> list[TensorEntry]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from wavetrain_engine.quantization.decode import decode
 from wavetrain_engine.quantization.layer_tensors import LayerTensors
 from wavetrain_engine.quantization.stored_format import StoredFormat
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.gguf_reader import read_quantized
 from wavetrain_engine.weights.gguf_tensors import GgufTensor
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 from wavetrain_engine.weights.tensor_reader import TensorReader
 from wavetrain_kernels.ops import QuantizedWeight, dequantize
 

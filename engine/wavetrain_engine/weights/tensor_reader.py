@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from wavetrain_engine.errors import CheckpointError
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.gguf_reader import read_dense
 from wavetrain_engine.weights.gguf_tensors import GgufTensor
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

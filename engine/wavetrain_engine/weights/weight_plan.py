@@ -17,8 +17,8 @@ from wavetrain_engine.layers.moe import ExpertProjection
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.quantization.kv_scales import is_kv_scale
 from wavetrain_engine.quantization.stored_format import FLOAT_DTYPES, QuantizationConfig, StoredFormat, TensorSpec
+from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.name_map import Target, check_specs, plain_spec
-from wavetrain_engine.weights.safetensors_header import TensorEntry
 from wavetrain_engine.weights.stored_weight import StoredLayer, StoredTensor, StoredWeight
 
 _LOG = logging.getLogger(__name__)
