@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The asyncio shell around `StreamSession`: the same client as `client.py`, waiting with `await`.
 
-One tritonclient.grpc.aio client, so one channel, and one call of it per request. An `AsyncClient` belongs to the event
+One grpc.aio channel with tritonclient's stub on it, and one call per request. An `AsyncClient` belongs to the event
 loop in which it was first used.
 """
 
@@ -70,7 +70,8 @@ class AsyncClient:
         self._retry_policy = RetryPolicy(max_retries)
         self._credentials = credentials
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._triton: Any = None
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: Any = None
         self._streams: weakref.WeakSet[AsyncChunkStream] = weakref.WeakSet()
         self._stops: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -160,12 +161,14 @@ class AsyncClient:
 
     async def is_ready(self, model: str | None = None, *, timeout_s: float = 5.0) -> bool:
         """Tells whether the server, and the model where one is named, answers and takes requests."""
-        triton = self._connected()
+        stub = self._connected()
         try:
-            if not await triton.is_server_ready(client_timeout=timeout_s):
+            if not (await stub.ServerReady(protocol.ServerReadyRequest(), timeout=timeout_s)).ready:
                 return False
-            return model is None or bool(await triton.is_model_ready(model, client_timeout=timeout_s))
-        except protocol.InferenceServerException:
+            if model is None:
+                return True
+            return bool((await stub.ModelReady(protocol.ModelReadyRequest(name=model), timeout=timeout_s)).ready)
+        except grpc.aio.AioRpcError:
             return False
 
     async def close(self) -> None:
@@ -178,8 +181,8 @@ class AsyncClient:
         await asyncio.sleep(0)  # lets their cancels go out
         if self._stops:
             await asyncio.wait(self._stops, timeout=STOP_TIMEOUT_S)
-        if self._triton is not None:
-            await self._triton.close()
+        if self._channel is not None:
+            await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -202,42 +205,44 @@ class AsyncClient:
         call: Any = None
         try:
             call = self.start_call(request, timeout_s)
-            result, error = await anext(call)
+            answer = await call.read()
         except grpc.aio.AioRpcError as failure:
             code, details = failure.code().name, failure.details() or ""
             raise error_from_status(code, details, url=self._address.target, has_started=False) from None
-        except StopAsyncIteration:
-            raise StreamBroken("the server ended the call without an answer") from None
         finally:
             if call is not None:
                 call.cancel()
-        if error is not None:
-            raise error_from_message(error.message())
-        return result.get_response()
+        if answer is grpc.aio.EOF:
+            raise StreamBroken("the server ended the call without an answer")
+        if answer.error_message:
+            raise error_from_message(answer.error_message)
+        return answer.infer_response
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConnectionFailed("the client is closed; make a new one")
 
     def _connected(self) -> Any:
-        """Returns tritonclient's client, made on first use because its channel belongs to the running loop."""
+        """Returns the stub, made on first use because its channel belongs to the running loop."""
         self._check_open()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            credentials = self._credentials
-            if credentials is None and self._address.is_secure:
-                credentials = grpc.ssl_channel_credentials()
-            self._triton = protocol.AsyncInferenceClient(
-                self._address.target, creds=credentials, channel_args=CHANNEL_OPTIONS
-            )
+            self._channel = self._open_channel()
+            self._stub = protocol.GRPCInferenceServiceStub(self._channel)
         elif self._loop is not loop:
             raise RuntimeError("an AsyncClient belongs to the event loop it was first used in; make one for each loop")
-        return self._triton
+        return self._stub
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._credentials is None and not self._address.is_secure:
+            return grpc.aio.insecure_channel(self._address.target, options=CHANNEL_OPTIONS)
+        credentials = self._credentials if self._credentials is not None else grpc.ssl_channel_credentials()
+        return grpc.aio.secure_channel(self._address.target, credentials, options=CHANNEL_OPTIONS)
 
     def start_call(self, request: WireRequest, timeout_s: float | None) -> Any:
         """Opens a call with one request; for `AsyncChunkStream`."""
-        return self._connected().stream_infer(_once(protocol.to_stream_inputs(request)), stream_timeout=timeout_s)
+        return _start_call(self._connected(), request, timeout_s)
 
     def abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         """Cancels a call and sends the stop request, if there is one, without waiting; for `AsyncChunkStream`.
@@ -261,8 +266,7 @@ class AsyncClient:
             await asyncio.sleep(delay_s)
             # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
             with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
-                inputs = _once(protocol.to_stream_inputs(stop_request.request))
-                async for _ in self._triton.stream_infer(inputs, stream_timeout=STOP_TIMEOUT_S):
+                async for _ in _start_call(self._stub, stop_request.request, STOP_TIMEOUT_S):
                     pass
 
 
@@ -355,20 +359,20 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
             request, timeout_s = self._session.start_attempt()
             self._call = self._client.start_call(request, timeout_s)
         try:
-            result, error = await anext(self._call)
-        except StopAsyncIteration:
+            answer = await self._call.read()
+        except grpc.aio.AioRpcError as failure:
+            raise self._session.fail(failure.code().name, failure.details() or "") from None
+        if answer is grpc.aio.EOF:
             chunks = self._session.finish()
             self._is_done = True
             return chunks
-        except grpc.aio.AioRpcError as failure:
-            raise self._session.fail(failure.code().name, failure.details() or "") from None
-        if error is not None:
-            raise self._session.refuse(error.message())
-        return self._session.receive(result.get_response())
+        if answer.error_message:
+            raise self._session.refuse(answer.error_message)
+        return self._session.receive(answer.infer_response)
 
 
-async def _once(item: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield item
+def _start_call(stub: Any, request: WireRequest, timeout_s: float | None) -> Any:
+    return stub.ModelStreamInfer(iter((protocol.to_message(request),)), timeout=timeout_s)
 
 
 def _is_task_cancelled() -> bool:

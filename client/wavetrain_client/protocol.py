@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The border to tritonclient, which has no types of its own; only this module imports it.
 
-The asyncio shell speaks through tritonclient's own `InferenceServerClient` (grpc.aio): one call per request, any
-number of calls on its channel. The blocking shell opens calls with tritonclient's stub on a channel of its own, as
-tritonclient's blocking client has one stream per object (docs/decisions/0013). Requests are made by `wire.py` in the
-terms of no library; here they become what either takes.
+Both shells open calls with tritonclient's stub, one for each request, on one channel of their own, grpc's or grpc.aio's
+(docs/decisions/0013). Requests are made by `wire.py` in the terms of no library; here they become its messages.
 """
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-import numpy as np
-
 from wavetrain_client.wire import WireRequest
 
 try:
-    from tritonclient import utils  # pyright: ignore[reportMissingTypeStubs]
-    from tritonclient.grpc import aio, service_pb2, service_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
+    from tritonclient.grpc import service_pb2, service_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 except ImportError as error:  # pragma: no cover - needs an environment without it
     raise ImportError(
         "wavetrain_client needs tritonclient with gRPC; install it with: pip install 'tritonclient[grpc]>=2.51,<3'"
@@ -25,11 +20,7 @@ except ImportError as error:  # pragma: no cover - needs an environment without 
 
 _messages = cast("Any", service_pb2)
 _stubs = cast("Any", service_pb2_grpc)
-_aio = cast("Any", aio)
-_utils = cast("Any", utils)
 
-AsyncInferenceClient: Any = _aio.InferenceServerClient
-InferenceServerException: Any = _utils.InferenceServerException
 ModelReadyRequest: Any = _messages.ModelReadyRequest
 ServerReadyRequest: Any = _messages.ServerReadyRequest
 GRPCInferenceServiceStub: Any = _stubs.GRPCInferenceServiceStub
@@ -47,19 +38,3 @@ def to_message(request: WireRequest) -> Any:
         else:
             message.parameters[name].int64_param = value
     return message
-
-
-def to_stream_inputs(request: WireRequest) -> dict[str, Any]:
-    """The request as what `AsyncInferenceClient.stream_infer` takes from its iterator."""
-    inputs: list[Any] = []
-    for tensor in request.tensors:
-        array = np.array(tensor.values(), dtype=_utils.triton_to_np_dtype(tensor.datatype)).reshape(tensor.shape)
-        item = _aio.InferInput(tensor.name, list(tensor.shape), tensor.datatype)
-        item.set_data_from_numpy(array)
-        inputs.append(item)
-    return {
-        "model_name": request.model,
-        "inputs": inputs,
-        "request_id": request.id,
-        "parameters": dict(request.parameters),
-    }

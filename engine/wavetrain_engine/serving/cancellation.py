@@ -63,20 +63,25 @@ class LiveRequests:
 
     def _sweep_forever(self) -> None:
         cancelled: set[LiveRequest] = set()
-        while True:
+        interval_s = _INTERVAL_S
+        while self._wait_for_requests():
+            # Before the first question too: nobody gives up what has just begun, and asking is in the way of its start.
+            time.sleep(interval_s)
             with self._condition:
-                while not self._requests and not self._is_closed:
-                    self._condition.wait()
-                if self._is_closed:
-                    return
                 requests = [live for live in self._requests if live not in cancelled]
                 cancelled &= self._requests
             started_s = time.monotonic()
             cancelled.update(live for live in requests if self._cancel_if_given_up(live))
             took_s = time.monotonic() - started_s
-            interval_s = max(_INTERVAL_S, took_s / _MAX_SHARE, len(requests) / _MAX_QUESTIONS_PER_S)
+            wanted_s = max(_INTERVAL_S, took_s / _MAX_SHARE, len(requests) / _MAX_QUESTIONS_PER_S)
+            interval_s = min(_MAX_INTERVAL_S, wanted_s)
             requests.clear()  # while this thread sleeps, it must not keep ended requests alive
-            time.sleep(min(_MAX_INTERVAL_S, interval_s))
+
+    def _wait_for_requests(self) -> bool:
+        """Returns when there is a request to ask for; False once the sweep is to end."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._requests or self._is_closed)
+            return not self._is_closed
 
     @staticmethod
     def _cancel_if_given_up(live: LiveRequest) -> bool:
