@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 STOP_TIMEOUT_S = 5.0
+# What `read` of a call returns after its last message; grpc's types do not know it.
+END_OF_CALL: Any = cast("Any", grpc.aio).EOF
 
 
 class AsyncClient:
@@ -212,7 +214,7 @@ class AsyncClient:
         finally:
             if call is not None:
                 call.cancel()
-        if answer is grpc.aio.EOF:
+        if answer is END_OF_CALL:
             raise StreamBroken("the server ended the call without an answer")
         if answer.error_message:
             raise error_from_message(answer.error_message)
@@ -362,7 +364,7 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
             answer = await self._call.read()
         except grpc.aio.AioRpcError as failure:
             raise self._session.fail(failure.code().name, failure.details() or "") from None
-        if answer is grpc.aio.EOF:
+        if answer is END_OF_CALL:
             chunks = self._session.finish()
             self._is_done = True
             return chunks

@@ -29,6 +29,10 @@ class HeldUpdates:
         if request.sampling_params.stop:
             self._watched.add(request.request_id)
 
+    def is_new(self, request_id: str) -> bool:
+        """Whether nothing was heard of the request yet."""
+        return request_id in self._new
+
     def hold(self, until_s: float) -> None:
         """Lets news wait until then."""
         self._held_until_s = until_s
