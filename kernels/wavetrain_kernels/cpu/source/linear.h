@@ -15,6 +15,7 @@ namespace wavetrain {
 constexpr int kPanel = 2 * kTile;                  // outputs of a panel
 constexpr int kBlock = 2 * kTile;                  // rows that are multiplied together
 constexpr int kBlockElements = 2 * kTileElements;  // of a step of a panel, and of a block
+constexpr int kLineElements = 32;                  // of a line of memory
 constexpr int kMaxRows = 512;                      // rows that a panel is multiplied with before the next one
 
 enum class Activation : int { kNone = 0, kSilu = 1, kGeluTanh = 2 };
@@ -151,9 +152,10 @@ inline void multiply_tiles(float* c, const bf16* a, const bf16* b, int64_t steps
 #endif
 
 #if !WAVETRAIN_AMX
-// c [kRows, 32] (+)= kRows rows of tiles of A times `steps` steps of one panel; kAhead as above.
-template <int kRows, int kAhead>
-inline void multiply_rows(float* c, const bf16* a, const bf16* b, int64_t steps, bool is_first) {
+// c [kRows, 32] (+)= kRows rows of tiles of A times `steps` steps of one panel. Beside each pair of inputs, which are two
+// lines of the panel, kLines lines from `ahead` on are asked for: two for the first-level cache, one for the second-level one.
+template <int kRows, int kLines>
+inline void multiply_rows(float* c, const bf16* a, const bf16* b, const bf16* ahead, int64_t steps, bool is_first) {
     Floats sums[kRows][2];
     for (int row = 0; row < kRows; ++row)
         for (int half = 0; half < 2; ++half) sums[row][half] = is_first ? broadcast(0.0f) : load(c + row * kPanel + half * kTile);
@@ -161,13 +163,10 @@ inline void multiply_rows(float* c, const bf16* a, const bf16* b, int64_t steps,
         const bf16* rows = a + step * kBlockElements;
         for (int pair = 0; pair < kDepth / 2; ++pair) {
             const bf16* tiles = b + step * kBlockElements + pair * kTileRow;
-            if (kAhead) {
-                // Line by line in the order of memory, between products: in bursts of a step, or in the order of use, the
-                // same lines come at 18 to 22 GB/s.
-                const char* ahead = (const char*)(b + (step + kAhead) * kBlockElements + pair * 2 * kTileRow);
-                _mm_prefetch(ahead, _MM_HINT_T0);
-                _mm_prefetch(ahead + 64, _MM_HINT_T0);
-            }
+            // Line by line in the order of memory, between products: in bursts of a step, or in the order of use, the
+            // same lines come at 18 to 22 GB/s.
+            for (int line = 0; line < kLines; ++line, ahead += kLineElements)
+                _mm_prefetch((const char*)ahead, kLines == 2 ? _MM_HINT_T0 : _MM_HINT_T1);
             for (int row = 0; row < kRows; ++row) {
                 int32_t values = pair_at(rows + row * kDepth + pair * 2);
                 sums[row][0] = multiply_pair(sums[row][0], values, tiles);
@@ -179,28 +178,47 @@ inline void multiply_rows(float* c, const bf16* a, const bf16* b, int64_t steps,
         for (int half = 0; half < 2; ++half) store(c + row * kPanel + half * kTile, sums[row][half]);
 }
 
-// As multiply_rows, with as many rows at once as there are and registers hold.
-template <int kAhead>
-inline void multiply_some_rows(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t rows, bool is_first) {
-    while (rows > 0) {
-        int64_t done = rows < kRowsAtOnce ? rows : kRowsAtOnce;
-        switch (done) {
-            // A row alone is read 15 % slower than two: it asks for memory in bursts.
-            case 1: case 2: multiply_rows<2, kAhead>(c, a, b, steps, is_first); break;
+// As multiply_rows, for at most as many rows as registers hold.
+template <int kLines>
+inline void multiply_few_rows(float* c, const bf16* a, const bf16* b, const bf16* ahead, int64_t steps, int64_t rows, bool is_first) {
+    switch (rows) {
+        // A row alone is read 15 % slower than two: it asks for memory in bursts.
+        case 1: case 2: return multiply_rows<2, kLines>(c, a, b, ahead, steps, is_first);
 #if defined(__AVX512F__)
-            case 3: multiply_rows<3, kAhead>(c, a, b, steps, is_first); break;
-            case 4: multiply_rows<4, kAhead>(c, a, b, steps, is_first); break;
-            case 5: case 6: multiply_rows<6, kAhead>(c, a, b, steps, is_first); break;
-            default: multiply_rows<8, kAhead>(c, a, b, steps, is_first);
+        case 3: return multiply_rows<3, kLines>(c, a, b, ahead, steps, is_first);
+        case 4: return multiply_rows<4, kLines>(c, a, b, ahead, steps, is_first);
+        case 5: case 6: return multiply_rows<6, kLines>(c, a, b, ahead, steps, is_first);
+        default: return multiply_rows<8, kLines>(c, a, b, ahead, steps, is_first);
 #endif
+    }
+}
+
+// As many rows at a time as registers hold. Of a cold panel the memory behind these steps comes meanwhile, half of it beside
+// each of the first two passes: where the first one fetched it all, it waited for memory and the others computed alone
+// (16 rows: 188 GFLOP/s on a core of an EPYC in the place of 207; 201 with the first-level cache asked, which is full).
+inline void multiply_some_rows(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t rows, bool is_first, bool is_cold) {
+    if (is_cold && rows <= kRowsAtOnce) {
+        // Two cores of an EPYC read 30 to 36 GB/s so, 18 GB/s left to themselves.
+        constexpr int kStepsAhead = 4;
+        return multiply_few_rows<2>(c, a, b, b + kStepsAhead * kBlockElements, steps, rows, is_first);
+    }
+    const bf16* ahead = b + steps * kBlockElements;
+    for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+        int64_t some = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
+        float* sums = c + row * kPanel;
+        const bf16* from = a + row * kDepth;
+        if (is_cold && row < 2 * kRowsAtOnce) {
+            multiply_few_rows<1>(sums, from, b, ahead, steps, some, is_first);
+            ahead += steps * kTileElements;
+        } else {
+            multiply_few_rows<0>(sums, from, b, ahead, steps, some, is_first);
         }
-        c += done * kPanel, a += done * kDepth, rows -= done;
     }
 }
 #endif
 
 // c [rows, 32] (+)= a block of at most 32 rows times `steps` steps of one panel. c has room for 32 rows.
-// is_cold: the panel comes from memory.
+// is_cold: the panel, or what comes behind these steps of it, is asked for.
 inline void multiply_block(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t rows, bool is_first, bool is_cold) {
 #if WAVETRAIN_AMX
     // 4 KiB ahead of a panel from memory, 26 of the 27 GB/s come through that two cores of a Xeon read.
@@ -208,9 +226,7 @@ inline void multiply_block(float* c, const bf16* a, const bf16* b, int64_t steps
     if (rows > kTile) is_cold ? multiply_tiles<2, kAhead>(c, a, b, steps, is_first) : multiply_tiles<2, 0>(c, a, b, steps, is_first);
     else is_cold ? multiply_tiles<1, kAhead>(c, a, b, steps, is_first) : multiply_tiles<1, 0>(c, a, b, steps, is_first);
 #else
-    // Two cores of an EPYC read 30 to 36 GB/s so, 18 GB/s left to themselves.
-    constexpr int kAhead = 4;
-    is_cold ? multiply_some_rows<kAhead>(c, a, b, steps, rows, is_first) : multiply_some_rows<0>(c, a, b, steps, rows, is_first);
+    multiply_some_rows(c, a, b, steps, rows, is_first, is_cold);
 #endif
 }
 
@@ -289,26 +305,43 @@ inline int64_t rows_at_once(int64_t m, int64_t k) {
     return ceil_div(ceil_div(m, ceil_div(m, most)), kBlock) * kBlock;
 }
 
+// Steps of a panel that all rows pass before the next ones: as much (16 KiB) as the first-level cache keeps beside the rows
+// that pass by, while what comes next is asked for. Rows that are multiplied at once pass the whole panel.
+inline int64_t steps_at_once(int64_t count, int64_t steps) {
+    constexpr int64_t kStepsAtOnce = 8;
+#if WAVETRAIN_AMX
+    constexpr int64_t kRows = kBlock;
+#else
+    constexpr int64_t kRows = kRowsAtOnce;
+#endif
+    return count > kRows ? kStepsAtOnce : steps;
+}
+
+#if WAVETRAIN_AMX
 // Asks for steps [begin, end) of what is at `weights`; past the end of the weights that does no harm.
 inline void prefetch_weights(const bf16* weights, int64_t begin, int64_t end) {
     for (int64_t at = begin * kBlockElements; at < end * kBlockElements; at += 32) asm volatile("prefetcht1 %0" ::"m"(weights[at]));
 }
+#endif
 
-// Computes and stores rows [row, row + count) times one panel; c: room for the sums [count, 32].
-inline void multiply_panel(const Linear& op, float* c, int64_t row, int64_t count, int64_t panel) {
-    // With more than a block of rows, as much of the panel at a time (16 KiB) as the first-level cache keeps beside the
-    // rows that pass by; what comes next is asked for meanwhile. One block of rows passes the whole panel at once.
-    constexpr int64_t kStepsAtOnce = 8;
-    int64_t steps = ceil_div(op.k, kDepth), at_once = count > kBlock ? kStepsAtOnce : steps;
-    const bf16* b = op.packed + panel * steps * kBlockElements;
+// Products of `count` rows of tiles at `a` and one panel, handed to finish(sums, first row, rows) a block at a time; c: room
+// for the sums [count, 32].
+template <typename Finish>
+inline void multiply_panel(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t count, Finish finish) {
+    int64_t at_once = steps_at_once(count, steps);
     for (int64_t step = 0; step < steps; step += at_once) {
         int64_t some = steps - step < at_once ? steps - step : at_once;
         for (int64_t i = 0; i < count; i += kBlock) {
-            const bf16* a = op.workspace + ((row + i) / kBlock * steps + step) * kBlockElements;
             int64_t rows = count - i < kBlock ? count - i : kBlock;
-            if (count > kBlock) prefetch_weights(b + (step + some) * kBlockElements, some * i / count, some * (i + rows) / count);
-            multiply_block(c + i * kPanel, a, b + step * kBlockElements, some, rows, step == 0, count <= kBlock);
-            if (step + some == steps) finish_panel(op, c + i * kPanel, row + i, rows, panel);
+#if WAVETRAIN_AMX
+            bool is_cold = count <= kBlock;
+            if (!is_cold) prefetch_weights(b + (step + some) * kBlockElements, some * i / count, some * (i + rows) / count);
+#else
+            bool is_cold = i == 0;   // then what comes next is asked for, and the other blocks find it
+#endif
+            multiply_block(c + i * kPanel, a + (i / kBlock * steps + step) * kBlockElements, b + step * kBlockElements, some, rows,
+                           step == 0, is_cold);
+            if (step + some == steps) finish(c + i * kPanel, i, rows);
         }
     }
 }
@@ -318,12 +351,13 @@ inline void run(const Linear& op) {
     pack_rows(op.workspace, op.x, op.x_stride, rows.begin, rows.end, op.k);
 #pragma omp barrier
     alignas(64) float c[kMaxRows * kPanel];
-    int64_t panels = num_panels(op.n, op.is_gated()), chunk = rows_at_once(op.m, op.k);
+    int64_t steps = ceil_div(op.k, kDepth), panels = num_panels(op.n, op.is_gated()), chunk = rows_at_once(op.m, op.k);
     Range units = share(ceil_div(op.m, chunk) * panels);
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
         int64_t panel = unit % panels, row = unit / panels * chunk;
         int64_t count = op.m - row < chunk ? op.m - row : chunk;
-        multiply_panel(op, c, row, count, panel);
+        multiply_panel(c, op.workspace + row * steps * kDepth, op.packed + panel * steps * kBlockElements, steps, count,
+                       [&](const float* sums, int64_t first, int64_t some) { finish_panel(op, sums, row + first, some, panel); });
     }
 }
 

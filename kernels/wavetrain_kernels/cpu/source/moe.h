@@ -126,23 +126,6 @@ inline void sort_pairs(const Mixture& op, const Groups& groups) {
     groups.starts[0] = 0;
 }
 
-// Products of `count` packed rows and one panel, handed to finish(sums, first row, rows) a block at a time. As multiply_panel.
-template <typename Finish>
-inline void multiply_rows(float* c, const bf16* a, const bf16* b, int64_t steps, int64_t count, Finish finish) {
-    constexpr int64_t kStepsAtOnce = 8;
-    int64_t at_once = count > kBlock ? kStepsAtOnce : steps;
-    for (int64_t step = 0; step < steps; step += at_once) {
-        int64_t some = steps - step < at_once ? steps - step : at_once;
-        for (int64_t i = 0; i < count; i += kBlock) {
-            int64_t rows = count - i < kBlock ? count - i : kBlock;
-            if (count > kBlock) prefetch_weights(b + (step + some) * kBlockElements, some * i / count, some * (i + rows) / count);
-            multiply_block(c + i * kPanel, a + (i / kBlock * steps + step) * kBlockElements, b + step * kBlockElements, some, rows,
-                           step == 0, count <= kBlock);
-            if (step + some == steps) finish(c + i * kPanel, i, rows);
-        }
-    }
-}
-
 // Stores the gated units of `rows` rows, columns of one panel, as rows of A in the block at `block`.
 inline void store_units(const Mixture& op, bf16* block, const float* c, int64_t rows, int64_t panel) {
     bf16* to = block + panel / 2 * kBlockElements + panel % 2 * kTile;
@@ -179,7 +162,7 @@ inline void run_gates(const Mixture& op, const Groups& groups, float* c) {
                 pack_rows(a + i / kBlock * steps * kBlockElements + i % kBlock * kDepth, x, 0, 0, 1, op.hidden);
             }
             for (int64_t panel = begin; panel < end; ++panel)
-                multiply_rows(c, a, op.gate_up + (expert * panels + panel) * steps * kBlockElements, steps, rows,
+                multiply_panel(c, a, op.gate_up + (expert * panels + panel) * steps * kBlockElements, steps, rows,
                               [&](const float* sums, int64_t first, int64_t some) {
                                   int64_t block = groups.blocks[expert] + (row + first) / kBlock;
                                   store_units(op, groups.units + block * unit_steps * kBlockElements, sums, some, panel);
@@ -196,7 +179,7 @@ inline void add_expert(const Mixture& op, const Groups& groups, float* c, float*
         int64_t rows = count - row < chunk ? count - row : chunk, at = groups.starts[expert] + row;
         const bf16* a = groups.units + (groups.blocks[expert] + row / kBlock) * steps * kBlockElements;
         for (int64_t panel = columns.begin; panel < columns.end; ++panel)
-            multiply_rows(c, a, op.down + (expert * panels + panel) * steps * kBlockElements, steps, rows,
+            multiply_panel(c, a, op.down + (expert * panels + panel) * steps * kBlockElements, steps, rows,
                           [&](const float* products, int64_t first, int64_t some) {
                               for (int64_t i = 0; i < some; ++i) {
                                   Floats weight = broadcast(groups.weights[at + first + i]);
