@@ -26,7 +26,7 @@ def load_cases() -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     cases: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     for path in sorted(GOLDEN.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for case, config in file.metadata().items():
+            for case, config in sorted(file.metadata().items()):  # its own order is another in each process
                 names = [name for name in file.keys() if name.startswith(f"{case}/")]  # noqa: SIM118  # no mapping
                 tensors = {name.removeprefix(f"{case}/"): file.get_tensor(name) for name in names}
                 cases[f"{path.stem}: {case}"] = json.loads(config), tensors
