@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ from wavetrain_kernels.reference.kernels import REFERENCE
 
 
 @pytest.fixture(scope="session")
-def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's libraries are compiled to, each once."""
-    return tmp_path_factory.mktemp("kernels")
+def compiled_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Where the run's libraries are compiled to, each once: one folder for all processes of pytest-xdist."""
+    if worker_id == "master":
+        return tmp_path_factory.mktemp("kernels")
+    shared = tmp_path_factory.getbasetemp().parent / "kernels"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 # What is written for AMX, with its instructions emulated: on every machine that has the rest.
@@ -40,7 +45,10 @@ def each_kernel_set(request: pytest.FixtureRequest, compiled_cache: Path) -> Ker
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    return kernels_of(build(level, compiler, openmp_runtime(), compiled_cache, extra_flags=("-Werror",)))
+    with (compiled_cache / f"{level.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and finds it compiled
+        library = build(level, compiler, openmp_runtime(), compiled_cache, extra_flags=("-Werror",))
+    return kernels_of(library)
 
 
 @pytest.fixture
