@@ -28,6 +28,8 @@ from wavetrain_gateway.limits.keyed_admission import KeyedAdmission
 from wavetrain_gateway.routing.replica import Replica
 from wavetrain_gateway.routing.routed_upstream import RoutedUpstream
 
+pytestmark = pytest.mark.alone  # hundreds of calls at once, on processes that are killed
+
 KEY, OTHER = "wt-first", "wt-second"
 BEARER = {"authorization": f"Bearer {KEY}"}
 NO_AFFINITY = {"max_index_chunks": 0}

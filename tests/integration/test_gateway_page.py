@@ -22,7 +22,10 @@ from fakes.gateway import RunningGateway, is_canary, sampling, serve_gateway
 from fakes.triton import ReceivedRequest, reply
 
 _CHROMIUM, _DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(_CHROMIUM is None or _DRIVER is None, reason="no Chromium: see scripts/setup")
+pytestmark = [
+    pytest.mark.alone,  # a browser, and what its pages wait for
+    pytest.mark.skipif(_CHROMIUM is None or _DRIVER is None, reason="no Chromium: see scripts/setup"),
+]
 
 KEY = "wt-of-a-test"
 METRICS = """\

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import pytest
 
 from bench_prefix_affinity import WAYS, make_trace, open_by, run_trace
 from fakes.caching_replica import CachingReplica
@@ -127,6 +128,7 @@ async def test_the_admin_moves_replicas_of_a_running_gateway() -> None:
                 await until(lambda: not upstream_of(gateway).router.replicas.retiring)
 
 
+@pytest.mark.server
 async def test_a_dead_replica_beside_the_real_server_costs_nobody_a_request(triton_server: RunningServer) -> None:
     retry = {"budget_free_per_s": 1000}
     gone = FakeReplica()
@@ -171,6 +173,7 @@ async def test_prefix_affinity_finds_more_in_the_cache_than_random_routing_does(
     assert rates["affinity"] > rates["load"] + 0.15
 
 
+@pytest.mark.server
 async def test_a_canary_does_not_stay_in_the_way_on_the_real_server(triton_server: RunningServer) -> None:
     async with AsyncClient(triton_server.grpc_url) as client:
         request = GenerationRequest(prompt="1", options={"max_tokens": 1}, priority=-1_000_000, cache_salt="canary")

@@ -77,6 +77,7 @@ def test_the_command_compiles_and_says_what_it_found(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # a compiler on every core
 @pytest.mark.timeout(1200)
 def test_every_kernel_is_fit_for_every_architecture(tmp_path):
     """Some 1,100 compiles: three or four minutes on two cores that have nothing else to do."""
