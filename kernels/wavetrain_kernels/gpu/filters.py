@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from wavetrain_kernels.gpu.aot_case import AotCase
-from wavetrain_kernels.gpu.launch import TRITON_TYPES, cdiv, fall_back, launch
+from wavetrain_kernels.gpu.launch import cdiv, fall_back, launch
 from wavetrain_kernels.gpu.vocab_groups import (
-    AOT_VOCAB_SIZES,
     GROUP,
     INFINITY,
+    aot_kinds,
     group_block,
     is_supported,
     positive,
@@ -285,33 +285,32 @@ def _threshold_kernel(
 
 def aot_cases() -> Iterator[AotCase]:
     """See AotCase. With all filters, as the engine calls it: a row has those that its parameters say."""
-    for block in sorted({group_block(cdiv(size, GROUP_SIZE)) for size in AOT_VOCAB_SIZES}):
-        for dtype in TRITON_TYPES.values():
-            yield AotCase(
-                name=f"filters/{dtype}/{block}",
-                kernel=_threshold_kernel,
-                signature={
-                    "lowest_ptr": "*fp32",
-                    "candidates_ptr": "*i32",
-                    "logits_ptr": f"*{dtype}",
-                    "maxima_ptr": "*fp32",
-                    "sums_ptr": "*fp32",
-                    "temperature_ptr": "*fp32",
-                    "top_k_ptr": "*i64",
-                    "top_p_ptr": "*fp32",
-                    "min_p_ptr": "*fp32",
-                    "vocab_size": "i32:16",
-                    "num_groups": "i32",
-                    "stride_xn": "i32:16",
-                },
-                constexprs={
-                    "HAS_TOP_K": True,
-                    "HAS_TOP_P": True,
-                    "HAS_MIN_P": True,
-                    "BLOCK_ROW": block,
-                    "BLOCK_G": _GROUPS_PER_STEP,
-                },
-                num_warps=_NUM_WARPS,
-                num_stages=3,
-                is_decode=True,
-            )
+    for dtype, block in aot_kinds(lambda size: group_block(cdiv(size, GROUP_SIZE))):
+        yield AotCase(
+            name=f"filters/{dtype}/{block}",
+            kernel=_threshold_kernel,
+            signature={
+                "lowest_ptr": "*fp32",
+                "candidates_ptr": "*i32",
+                "logits_ptr": f"*{dtype}",
+                "maxima_ptr": "*fp32",
+                "sums_ptr": "*fp32",
+                "temperature_ptr": "*fp32",
+                "top_k_ptr": "*i64",
+                "top_p_ptr": "*fp32",
+                "min_p_ptr": "*fp32",
+                "vocab_size": "i32:16",
+                "num_groups": "i32",
+                "stride_xn": "i32:16",
+            },
+            constexprs={
+                "HAS_TOP_K": True,
+                "HAS_TOP_P": True,
+                "HAS_MIN_P": True,
+                "BLOCK_ROW": block,
+                "BLOCK_G": _GROUPS_PER_STEP,
+            },
+            num_warps=_NUM_WARPS,
+            num_stages=3,
+            is_decode=True,
+        )

@@ -13,9 +13,9 @@ from torch import Tensor
 from wavetrain_kernels.gpu.aot_case import AotCase
 from wavetrain_kernels.gpu.launch import TRITON_TYPES, cdiv, fall_back, launch, next_power_of_2
 from wavetrain_kernels.gpu.vocab_groups import (
-    AOT_VOCAB_SIZES,
     INFINITY,
     LOWEST_KEY,
+    aot_kinds,
     from_order_key,
     is_supported,
     order_key,
@@ -112,18 +112,18 @@ def aot_cases() -> Iterator[AotCase]:
             num_stages=3,
             is_decode=True,
         )
-        for block in sorted({next_power_of_2(cdiv(size, _BLOCK)) for size in AOT_VOCAB_SIZES}):
-            yield AotCase(
-                name=f"greedy/row/{dtype}/{block}",
-                kernel=_greedy_kernel,
-                signature={
-                    "token_ids_ptr": "*i64",
-                    "best_ptr": f"*{dtype}",
-                    "found_ptr": "*i64",
-                    "num_programs": "i32",
-                },
-                constexprs={"BLOCK_P": block},
-                num_warps=1,
-                num_stages=3,
-                is_decode=True,
-            )
+    for dtype, block in aot_kinds(lambda size: next_power_of_2(cdiv(size, _BLOCK))):
+        yield AotCase(
+            name=f"greedy/row/{dtype}/{block}",
+            kernel=_greedy_kernel,
+            signature={
+                "token_ids_ptr": "*i64",
+                "best_ptr": f"*{dtype}",
+                "found_ptr": "*i64",
+                "num_programs": "i32",
+            },
+            constexprs={"BLOCK_P": block},
+            num_warps=1,
+            num_stages=3,
+            is_decode=True,
+        )

@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from wavetrain_kernels.gpu.aot_case import AotCase
-from wavetrain_kernels.gpu.launch import TRITON_TYPES, cdiv, fall_back, launch
+from wavetrain_kernels.gpu.launch import cdiv, fall_back, launch
 from wavetrain_kernels.gpu.vocab_groups import (
-    AOT_VOCAB_SIZES,
     GROUP,
     INFINITY,
     LOWEST_KEY,
+    aot_kinds,
     from_order_key,
     group_block,
     is_supported,
@@ -154,33 +154,31 @@ def _draw_kernel(
 
 def aot_cases() -> Iterator[AotCase]:
     """See AotCase."""
-    blocks = sorted({group_block(cdiv(size, GROUP_SIZE)) for size in AOT_VOCAB_SIZES})
-    for block in blocks:
-        for dtype in TRITON_TYPES.values():
-            for has_lowest in (False, True):
-                yield AotCase(
-                    name=f"gumbel/{dtype}/{block}/{'lowest' if has_lowest else 'all'}",
-                    kernel=_draw_kernel,
-                    signature={
-                        "token_ids_ptr": "*i64",
-                        "best_ptr": "*fp32",
-                        "logits_ptr": f"*{dtype}",
-                        "maxima_ptr": "*fp32",
-                        "sums_ptr": "*fp32",
-                        "seeds_ptr": "*i64",
-                        "positions_ptr": "*i64",
-                        "temperature_ptr": "*fp32",
-                        **({"lowest_ptr": "*fp32"} if has_lowest else {}),
-                        "vocab_size": "i32:16",
-                        "num_groups": "i32",
-                        "stride_xn": "i32:16",
-                    },
-                    constexprs={
-                        **({} if has_lowest else {"lowest_ptr": None}),
-                        "HAS_LOWEST": has_lowest,
-                        "BLOCK_G": block,
-                    },
-                    num_warps=_NUM_WARPS,
-                    num_stages=3,
-                    is_decode=True,
-                )
+    for dtype, block in aot_kinds(lambda size: group_block(cdiv(size, GROUP_SIZE))):
+        for has_lowest in (False, True):
+            yield AotCase(
+                name=f"gumbel/{dtype}/{block}/{'lowest' if has_lowest else 'all'}",
+                kernel=_draw_kernel,
+                signature={
+                    "token_ids_ptr": "*i64",
+                    "best_ptr": "*fp32",
+                    "logits_ptr": f"*{dtype}",
+                    "maxima_ptr": "*fp32",
+                    "sums_ptr": "*fp32",
+                    "seeds_ptr": "*i64",
+                    "positions_ptr": "*i64",
+                    "temperature_ptr": "*fp32",
+                    **({"lowest_ptr": "*fp32"} if has_lowest else {}),
+                    "vocab_size": "i32:16",
+                    "num_groups": "i32",
+                    "stride_xn": "i32:16",
+                },
+                constexprs={
+                    **({} if has_lowest else {"lowest_ptr": None}),
+                    "HAS_LOWEST": has_lowest,
+                    "BLOCK_G": block,
+                },
+                num_warps=_NUM_WARPS,
+                num_stages=3,
+                is_decode=True,
+            )

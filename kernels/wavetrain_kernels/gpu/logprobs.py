@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from wavetrain_kernels.gpu.aot_case import AotCase
-from wavetrain_kernels.gpu.launch import TRITON_TYPES, cdiv, fall_back, launch, next_power_of_2
+from wavetrain_kernels.gpu.launch import cdiv, fall_back, launch, next_power_of_2
 from wavetrain_kernels.gpu.vocab_groups import (
-    AOT_VOCAB_SIZES,
     GROUP,
     GROUPS_PER_PROGRAM,
     INFINITY,
+    aot_kinds,
     group_block,
     is_supported,
     order_key,
@@ -145,31 +145,30 @@ def _top_logprobs_kernel(
 
 def aot_cases() -> Iterator[AotCase]:
     """See AotCase."""
-    for num_groups in sorted({cdiv(size, GROUP_SIZE) for size in AOT_VOCAB_SIZES}):
-        for dtype in TRITON_TYPES.values():
-            yield AotCase(
-                name=f"logprobs/{dtype}/{num_groups}",
-                kernel=_top_logprobs_kernel,
-                signature={
-                    "ids_ptr": "*i64",
-                    "logprobs_ptr": "*fp32",
-                    "ranks_ptr": "*i64",
-                    "logits_ptr": f"*{dtype}",
-                    "token_ids_ptr": "*i64",
-                    "maxima_ptr": "*fp32",
-                    "sums_ptr": "*fp32",
-                    "num_larger_ptr": "*i32",
-                    "k": "i32",
-                    "vocab_size": "i32:16",
-                    "num_groups": "i32",
-                    "num_parts": "i32",
-                    "stride_xn": "i32:16",
-                },
-                constexprs={
-                    "BLOCK_G": group_block(num_groups),
-                    "BLOCK_P": next_power_of_2(cdiv(num_groups, GROUPS_PER_PROGRAM)),
-                },
-                num_warps=_NUM_WARPS,
-                num_stages=3,
-                is_decode=True,
-            )
+    for dtype, num_groups in aot_kinds(lambda size: cdiv(size, GROUP_SIZE)):
+        yield AotCase(
+            name=f"logprobs/{dtype}/{num_groups}",
+            kernel=_top_logprobs_kernel,
+            signature={
+                "ids_ptr": "*i64",
+                "logprobs_ptr": "*fp32",
+                "ranks_ptr": "*i64",
+                "logits_ptr": f"*{dtype}",
+                "token_ids_ptr": "*i64",
+                "maxima_ptr": "*fp32",
+                "sums_ptr": "*fp32",
+                "num_larger_ptr": "*i32",
+                "k": "i32",
+                "vocab_size": "i32:16",
+                "num_groups": "i32",
+                "num_parts": "i32",
+                "stride_xn": "i32:16",
+            },
+            constexprs={
+                "BLOCK_G": group_block(num_groups),
+                "BLOCK_P": next_power_of_2(cdiv(num_groups, GROUPS_PER_PROGRAM)),
+            },
+            num_warps=_NUM_WARPS,
+            num_stages=3,
+            is_decode=True,
+        )

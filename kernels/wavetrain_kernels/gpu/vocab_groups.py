@@ -11,7 +11,7 @@ compiler, a GPU or the interpreter makes of NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -185,6 +185,18 @@ def _vocab_groups_kernel(
         own = tl.load(row_ptr + tl.load(token_ids_ptr + row)).to(tl.float32)
         is_larger = (x > own).to(tl.int32)
         tl.store(num_larger_ptr + row * tl.num_programs(0) + program, tl.sum(tl.sum(is_larger, axis=1), axis=0))
+
+
+def aot_kinds(constant_of: Callable[[int], int]) -> Iterator[tuple[str, int]]:
+    """Returns what is compiled ahead of time: a type of logits, and a constant that `constant_of` a vocabulary's size.
+
+    The engine has logits in float32: with each constant. Other types, which the functions take too, with the largest,
+    which takes the most registers.
+    """
+    constants = sorted({constant_of(size) for size in AOT_VOCAB_SIZES})
+    for dtype in TRITON_TYPES.values():
+        for constant in constants if dtype == "fp32" else constants[-1:]:
+            yield dtype, constant
 
 
 def aot_cases() -> Iterator[AotCase]:
