@@ -201,7 +201,8 @@ def test_fp8_by_cublas(activation, device):
     x = torch.randn(5, 256, device=device).bfloat16()
     packed = pack(weight, torch.bfloat16, activation is not None)
     assert quantized_linear.can_scale(x.new_empty(5, 64), packed, None)
-    assert_near(*product(weight, x, None, activation))
+    # Gates are rounded before they are multiplied, and once more after.
+    assert_near(*product(weight, x, None, activation), tolerance=2 if activation else 1)
 
 
 def test_what_cublas_scales(device):
