@@ -48,6 +48,11 @@ def create_parser() -> FlagParser:
         help="metrics page of a Triton server, http://HOST:8002/metrics, for GET /load and the charts of the page",
     )
     parser.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="where spans are sent, by OTLP over HTTP: http://collector:4318/v1/traces; needs the extra otel",
+    )
+    parser.add_argument(
         "--drain-s", type=float, metavar="SECONDS", help="how long running requests may go on at the end"
     )
     parser.add_argument(
@@ -99,7 +104,11 @@ def read_settings(given: argparse.Namespace) -> GatewaySettings:
         listen: dict[str, Any] = values.setdefault("listen", {})
         flags = {"host": given.host, "port": given.port, "drain_timeout_s": given.drain_s}
         listen |= {name: value for name, value in flags.items() if value is not None}
-        tables = {"keys": {"file": given.keys, "redis_url": given.redis}, "routing": {"file": given.routing}}
+        tables = {
+            "keys": {"file": given.keys, "redis_url": given.redis},
+            "routing": {"file": given.routing},
+            "trace": {"otlp_endpoint": given.otlp_traces_endpoint},
+        }
         for name, flags in tables.items():
             table: dict[str, Any] = values.setdefault(name, {})
             table |= {key: value for key, value in flags.items() if value is not None}

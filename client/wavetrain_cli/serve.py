@@ -177,6 +177,9 @@ def _gateway(
     arguments += ["--served-model-name", name, "--drain-s", str(given.grace_s)]
     if given.gateway_config is not None:
         arguments += ["--config", str(given.gateway_config.absolute())]
+    traces_endpoint = repository.config.observability.otlp_traces_endpoint
+    if traces_endpoint is not None:
+        arguments += ["--otlp-traces-endpoint", traces_endpoint]
     # Who may reach the Triton server's ports on this host needs no key either: the gateway's is no reason to stop.
     try:
         settings = check_gateway([*arguments, "--insecure"], environment)

@@ -86,6 +86,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         priority: int | None = None,
         cache_salt: str | None = None,
+        traceparent: str | None = None,
         request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation:
@@ -105,6 +106,7 @@ class AsyncClient:
             timeout_s=timeout_s,
             priority=priority,
             cache_salt=cache_salt,
+            traceparent=traceparent,
             request_id=request_id,
         )
         async with self.open(request) as stream:
@@ -118,6 +120,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         priority: int | None = None,
         cache_salt: str | None = None,
+        traceparent: str | None = None,
         request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncChunkStream:
@@ -138,6 +141,7 @@ class AsyncClient:
                 timeout_s=timeout_s,
                 priority=priority,
                 cache_salt=cache_salt,
+                traceparent=traceparent,
                 request_id=request_id,
             )
         )

@@ -75,6 +75,7 @@ class Client:
         timeout_s: float | None = None,
         priority: int | None = None,
         cache_salt: str | None = None,
+        traceparent: str | None = None,
         request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation:
@@ -92,6 +93,7 @@ class Client:
             timeout_s=timeout_s,
             priority=priority,
             cache_salt=cache_salt,
+            traceparent=traceparent,
             request_id=request_id,
         )
         with self._open(request) as stream:
@@ -105,6 +107,7 @@ class Client:
         timeout_s: float | None = None,
         priority: int | None = None,
         cache_salt: str | None = None,
+        traceparent: str | None = None,
         request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> ChunkStream:
@@ -124,6 +127,7 @@ class Client:
                 timeout_s=timeout_s,
                 priority=priority,
                 cache_salt=cache_salt,
+                traceparent=traceparent,
                 request_id=request_id,
             )
         )

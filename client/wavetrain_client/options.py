@@ -88,6 +88,7 @@ class GenerationRequest:
         timeout_s: limit for connecting, waiting and streaming together; None: no limit.
         priority: lower runs earlier; None: the server's default.
         cache_salt: only requests of an equal salt share the prefix cache.
+        traceparent: W3C's, of the trace that the engine's spans of the request belong to.
         request_id: unique among the server's unfinished requests; None: one is made.
 
     Raises:
@@ -102,6 +103,7 @@ class GenerationRequest:
     timeout_s: float | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    traceparent: str | None = None
     request_id: str | None = None
 
     def __post_init__(self) -> None:

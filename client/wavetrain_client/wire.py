@@ -8,7 +8,7 @@ Three dialects, told apart by the model's name:
 Any other model is spoken to in the llm dialect. Decoding goes by the outputs' names, so it serves all three.
 
 The Triton server takes the gRPC parameter `priority` for its own queues and does not show it to a model, so ours
-travels as `request_priority`. `timeout_ms` and `cache_salt` pass through under their own names.
+travels as `request_priority`. `timeout_ms`, `cache_salt` and `traceparent` pass through under their own names.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ def encode_request(request: GenerationRequest, *, timeout_s: float | None = None
         parameters["timeout_ms"] = max(1, round(timeout_s * 1000))
     if request.cache_salt is not None:
         parameters["cache_salt"] = request.cache_salt
+    if request.traceparent is not None:
+        parameters["traceparent"] = request.traceparent
     return WireRequest(model=request.model, id=request.id, tensors=tensors, parameters=parameters)
 
 

@@ -40,6 +40,7 @@ class Exchange:
         headers: the request's, names in lower case; of repeated ones the last.
         request_id: as in the answer's x-request-id: the caller's own, or a new one.
         extra_headers: go with the answer, x-ratelimit-* and the like.
+        span: of the tracer's own; None where nothing is traced, or not yet.
     """
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
@@ -53,6 +54,7 @@ class Exchange:
         self.caller = Caller()
         self.extra_headers: dict[str, str] = {}
         self.record = Record()
+        self.span: Any = None
         self.started_s = time.monotonic()
         self.has_started = False
 
@@ -66,6 +68,12 @@ class Exchange:
         """The peer's address."""
         client = self.scope.get("client")
         return str(client[0]) if client else ""
+
+    @property
+    def traceparent(self) -> str | None:
+        """The caller's trace, as W3C's header has it; None without one, or with two, which name no trace."""
+        given = [value for name, value in self.scope["headers"] if name == b"traceparent"]
+        return given[0].decode("latin-1") if len(given) == 1 else None
 
     @property
     def elapsed_s(self) -> float:

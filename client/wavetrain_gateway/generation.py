@@ -162,7 +162,7 @@ async def open_feed(plan: Plan, exchange: Exchange, services: Services, timeout_
     flow = services.settings.flow
     feed = Feed(
         services.upstream,
-        plan.jobs(exchange.caller, timeout_s),
+        plan.jobs(exchange.caller, timeout_s, services.tracer.traceparent(exchange)),
         queue_timeout_s=flow.queue_timeout_s,
         total_timeout_s=timeout_s,
         max_running=services.settings.caps.max_running_prompts,

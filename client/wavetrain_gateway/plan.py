@@ -90,9 +90,9 @@ class Plan:
             num_streams=num_sequences,
         )
 
-    def jobs(self, caller: Caller, timeout_s: float) -> list[Job]:
+    def jobs(self, caller: Caller, timeout_s: float, traceparent: str | None = None) -> list[Job]:
         """What to run: a job for each prompt."""
-        return [self._job(prompt, caller, timeout_s) for prompt in self.prompts]
+        return [self._job(prompt, caller, timeout_s, traceparent) for prompt in self.prompts]
 
     def fingerprint(self) -> str:
         """Equal for requests that ask for the same tokens; a hash, so that nothing of a prompt is kept."""
@@ -100,13 +100,14 @@ class Plan:
         shown += [self.max_tokens, self.num_choices, self.num_top, self.is_echoed, self.cache_salt]
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _job(self, prompt: Prompt, caller: Caller, timeout_s: float) -> Job:
+    def _job(self, prompt: Prompt, caller: Caller, timeout_s: float, traceparent: str | None) -> Job:
         generation = GenerationRequest(
             prompt=prompt,
             options=self.options,
             timeout_s=timeout_s,
             priority=_priority(self.priority, caller),
             cache_salt=_salt(self.cache_salt, caller),
+            traceparent=traceparent,
         )
         return Job(
             model=self.model,

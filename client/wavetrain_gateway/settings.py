@@ -128,7 +128,7 @@ class TraceSettings(Section):
         sample_ratio: share of the traces that begin here; one that comes with a `traceparent` decides itself.
     """
 
-    otlp_endpoint: str | None = None
+    otlp_endpoint: Annotated[str, Field(pattern="^https?://")] | None = None
     sample_ratio: float = Field(default=1.0, ge=0, le=1)
 
 

@@ -131,12 +131,23 @@ class SchedulerSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObservabilitySection:
+    """Who is told of requests."""
+
+    otlp_traces_endpoint: str | None = _option(
+        None,
+        "where spans of requests are sent, by OTLP over HTTP: http://collector:4318/v1/traces; needs the extra otel",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """The whole tree. Build it with `from_mapping`, `load`, or keyword arguments by flag name (`from_flags`)."""
 
     model: ModelSection = field(default_factory=ModelSection)
     cache: CacheSection = field(default_factory=CacheSection)
     scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+    observability: ObservabilitySection = field(default_factory=ObservabilitySection)
 
     @classmethod
     def load(cls, path: Path) -> EngineConfig:
@@ -204,7 +215,12 @@ class EngineConfig:
         return "\n".join(lines)
 
 
-SECTIONS: dict[str, type] = {"model": ModelSection, "cache": CacheSection, "scheduler": SchedulerSection}
+SECTIONS: dict[str, type] = {
+    "model": ModelSection,
+    "cache": CacheSection,
+    "scheduler": SchedulerSection,
+    "observability": ObservabilitySection,
+}
 
 
 def engine_options() -> dict[str, dataclasses.Field[Any]]:

@@ -30,6 +30,7 @@ from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.ipc.core_socket import CoreSocket
 from wavetrain_engine.ipc.runtime_dir import RuntimeDir
 from wavetrain_engine.plan import Executor
+from wavetrain_engine.request_tracer import RequestTracer
 from wavetrain_engine.time_slice import shorten_time_slices
 from wavetrain_engine.worker_import import import_worker
 
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
     try:
         logging.getLogger().setLevel(Environment.read().log_level.upper())
         config = EngineConfig.load(options.engine_config)
+        tracer = RequestTracer.to(config.observability.otlp_traces_endpoint)
         executor, facts = (load or _load_worker)(config, _progress_reporter(socket))
     except WavetrainError as error:
         _LOGGER.error("%s: %s", type(error).__name__, error)
@@ -82,13 +84,15 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
         socket.close()
         return 1
     try:
-        core = EngineCore(config, facts, executor)
+        core = EngineCore(config, facts, executor, on_end=None if tracer is None else tracer.record)
         socket.report_ready(facts, core.stats)
         _LOGGER.info("the engine core is ready: %d KV-cache blocks of %d tokens", facts.num_blocks, facts.block_size)
         EngineLoop(core, socket, socket.emit).run()
     finally:
         executor.shutdown()
         socket.close()
+        if tracer is not None:
+            tracer.close()
     return 0
 
 

@@ -76,6 +76,7 @@ def child_requests(request: EngineRequest) -> list[EngineRequest]:
             deadline_s=request.deadline_s,
             cache_salt=request.cache_salt,
             arrival_time_ns=request.arrival_time_ns,
+            traceparent=request.traceparent,
         )
         children.append(child)
     return children

@@ -25,6 +25,7 @@ from wavetrain_engine.errors import EngineDead, RequestError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.plan import Executor
 from wavetrain_engine.request import EngineRequest, RequestUpdate
+from wavetrain_engine.request_tracer import RequestTracer
 from wavetrain_engine.stats import EngineStats
 from wavetrain_engine.worker_import import import_worker
 
@@ -133,7 +134,8 @@ class LocalEngine:
             loaded.set_exception(error)
             return
         try:
-            core = EngineCore(config, facts, executor)
+            tracer = RequestTracer.to(config.observability.otlp_traces_endpoint)
+            core = EngineCore(config, facts, executor, on_end=None if tracer is None else tracer.record)
         except BaseException as error:
             executor.shutdown()
             loaded.set_exception(error)
@@ -141,6 +143,8 @@ class LocalEngine:
         self._inbox.read_stats = core.stats
         loaded.set_result(facts)
         self._run(core, executor)
+        if tracer is not None:
+            tracer.close()
 
     def _run(self, core: EngineCore, executor: Executor) -> None:
         try:

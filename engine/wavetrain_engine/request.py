@@ -34,6 +34,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         deadline_s: absolute `time.monotonic()` moment after which the request is ended; None: never.
         cache_salt: isolates the prefix cache: only requests with an equal salt share blocks.
         arrival_time_ns: `time.time_ns()` when the front end took the request.
+        traceparent: of the caller's trace, as it was sent; "" where there is none.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     deadline_s: float | None = None
     cache_salt: str = ""
     arrival_time_ns: int = 0
+    traceparent: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

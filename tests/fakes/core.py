@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fakes.executor import FakeExecutor
@@ -67,6 +68,7 @@ class CoreHarness:
         nan_token_id: int | None = None,
         fails_at_step: int | None = None,
         vocab_size: int = VOCAB_SIZE,
+        on_end: Callable[[str, RequestUpdate], None] | None = None,
         **flags: Any,
     ) -> None:
         small = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
@@ -90,14 +92,16 @@ class CoreHarness:
             self.config,
             self.facts,
             self.executor,
+            on_end=on_end,
             monotonic_s=self.clock.monotonic_s,
             time_ns=self.clock.time_ns,
         )
         self.updates: dict[str, list[RequestUpdate]] = {}
 
     def add(self, request_id: str, prompt: list[int], *, priority: int = 0, **params: Any) -> None:
-        """Adds a request; `deadline_s` and `cache_salt` among the keywords belong to the request."""
-        own = {name: params.pop(name) for name in ("deadline_s", "cache_salt", "arrival_time_ns") if name in params}
+        """Adds a request; `deadline_s`, `cache_salt` and the like among the keywords belong to the request."""
+        names = ("deadline_s", "cache_salt", "arrival_time_ns", "traceparent")
+        own = {name: params.pop(name) for name in names if name in params}
         self.core.add_request(
             EngineRequest(
                 request_id=request_id,

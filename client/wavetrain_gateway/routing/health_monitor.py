@@ -22,6 +22,8 @@ from wavetrain_gateway.routing.settings import HealthSettings
 _CANARY_PRIORITY = -1_000_000
 _FIRST_PERIOD_S = 0.2
 _CANARY_PROMPT = "1"
+# Its sampled flag is unset: an engine that is traced tells nobody of canaries.
+_CANARY_TRACE = "00-00000000000000000000000000000001-0000000000000001-00"
 
 _log = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ class HealthMonitor:
             timeout_s=self._settings.canary_timeout_s,
             priority=_CANARY_PRIORITY,
             cache_salt="canary",
+            traceparent=_CANARY_TRACE,
         )
         try:
             async with replica.client.open(request) as stream:

@@ -34,6 +34,8 @@ class EngineCore:
     Args:
         facts: sizes of the cache and of a step; they hold even where `config` says otherwise.
         executor: not shut down by the core; whoever made it does that.
+        on_end: told of each accepted request's end: its traceparent and its last update. Called between steps; must be
+            quick and must not raise.
         monotonic_s: the clock of deadlines.
         time_ns: the clock of RequestStats.
 
@@ -47,11 +49,13 @@ class EngineCore:
         facts: EngineFacts,
         executor: Executor,
         *,
+        on_end: Callable[[str, RequestUpdate], None] | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
         time_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._facts = facts
         self._executor = executor
+        self._on_end = on_end
         self._monotonic_s = monotonic_s
         self._time_ns = time_ns
         self._max_queue_size = config.scheduler.max_queue_size
@@ -217,3 +221,5 @@ class EngineCore:
         self._deadlines.discard(request)
         if update.finish_reason is not None:
             self._num_finished[update.finish_reason] += 1
+        if self._on_end is not None:
+            self._on_end(request.traceparent, update)

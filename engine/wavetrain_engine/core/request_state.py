@@ -74,6 +74,7 @@ class RequestState:
         "sampling_params",
         "status",
         "token_ids",
+        "traceparent",
     )
 
     def __init__(
@@ -91,6 +92,7 @@ class RequestState:
         self.priority = request.priority
         self.deadline_s = request.deadline_s
         self.cache_salt = request.cache_salt
+        self.traceparent = request.traceparent
         self.index = index
         self.sampling_params = sampling_params
         self.status = RequestStatus.WAITING

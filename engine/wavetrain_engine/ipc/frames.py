@@ -17,7 +17,7 @@ from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.request import RequestUpdate
 from wavetrain_engine.stats import EngineStats
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -88,6 +88,7 @@ class Generation:
             deadline_s=parameters.deadline_s,
             cache_salt=parameters.cache_salt,
             arrival_time_ns=time.time_ns(),
+            traceparent=parameters.traceparent,
         )
         return [
             LiveSequence(

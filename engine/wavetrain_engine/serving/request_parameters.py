@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Priority, deadline and cache salt: what comes as parameters of the Triton request, and reaches an ensemble's steps.
+"""Priority, deadline, cache salt and trace: parameters of the Triton request, which reach an ensemble's steps too.
 
 Triton's gRPC endpoint keeps the names `priority` and `timeout` to itself: it never hands `priority` on, and gives
 `timeout` as the request's own. So the priority is also known as `request_priority`, the name that works everywhere.
@@ -16,6 +16,8 @@ from typing import Any
 from wavetrain_engine.errors import RequestError
 
 MAX_CACHE_SALT_CHARS = 256
+# One has 55 characters; later versions of the format may have more.
+_MAX_TRACEPARENT_CHARS = 256
 _MAX_PRIORITY = 2**31 - 1
 _MAX_TIMEOUT_MS = 1e9
 # Put there by Triton's own endpoints and clients; none says anything about the generation.
@@ -28,12 +30,15 @@ class RequestParameters:
 
     Attributes:
         deadline_s: `time.monotonic()` moment, as EngineRequest has it.
+        traceparent: W3C's header as the caller sent it. Whether it is one is looked at by whoever traces: an ill-formed
+            one begins a new trace, as W3C has it, and never fails a request.
         others: parameters that are none of ours, for whoever knows them.
     """
 
     priority: int = 0
     deadline_s: float | None = None
     cache_salt: str = ""
+    traceparent: str = ""
     others: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
@@ -50,6 +55,9 @@ class RequestParameters:
         salt = values.pop("cache_salt", "")
         if not isinstance(salt, str) or len(salt) > MAX_CACHE_SALT_CHARS:
             raise RequestError(f"cache_salt must be a string of at most {MAX_CACHE_SALT_CHARS} characters")
+        traceparent = values.pop("traceparent", "")
+        if not isinstance(traceparent, str):
+            raise RequestError("traceparent must be a string, as W3C's header has it")
         others = {
             name: value for name, value in values.items() if name not in _TRITONS_OWN and not name.startswith("triton_")
         }
@@ -57,6 +65,7 @@ class RequestParameters:
             priority=priority,
             deadline_s=None if timeout_ms is None else time.monotonic() + timeout_ms / 1000,
             cache_salt=salt,
+            traceparent=traceparent if len(traceparent) <= _MAX_TRACEPARENT_CHARS else "",
             others=others,
         )
 
@@ -65,7 +74,8 @@ class RequestParameters:
         if self.others:
             name = next(iter(self.others))[:64]
             raise RequestError(
-                f"unknown request parameter {name!r}; known are request_priority, priority, timeout_ms and cache_salt"
+                f"unknown request parameter {name!r}; known are request_priority, priority, timeout_ms, "
+                "cache_salt and traceparent"
             )
 
 

@@ -140,7 +140,7 @@ class TestEngineToml:
         ("text", "message"),
         [
             ("[schedule]\n", "unknown section schedule; did you mean scheduler"),
-            ("[speculation]\n", "unknown section speculation; known are cache, model, scheduler"),
+            ("[speculation]\n", "unknown section speculation; known are cache, model, observability, scheduler"),
             ("max_num_seqs = 4\n", "unknown section max_num_seqs"),
             ("cache = 4\n", "cache: expected a table, got int"),
             ("[[cache]]\n", "cache: expected a table, got list"),

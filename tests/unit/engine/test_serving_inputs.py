@@ -107,6 +107,9 @@ def test_parameters_of_a_request() -> None:
     assert 1.4 < read_.deadline_s - before_s < 10.0
     with pytest.raises(RequestError, match="unknown request parameter 'other'"):
         read_.refuse_others()
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    assert parameters({"traceparent": trace}).traceparent == trace
+    assert parameters({"traceparent": "0" * 300}).traceparent == ""  # none, and no reason to fail a request
     nothing = parameters({})
     nothing.refuse_others()
     assert (nothing.priority, nothing.deadline_s, nothing.cache_salt) == (0, None, "")
@@ -130,6 +133,7 @@ def test_triton_s_own_timeout_is_a_deadline_in_microseconds() -> None:
         ({"timeout_ms": True}, "timeout_ms must be a number"),
         ({"timeout_ms": 5, "timeout": 5}, "both limit the time"),
         ({"cache_salt": 5}, "cache_salt must be a string"),
+        ({"traceparent": 5}, "traceparent must be a string"),
     ],
 )
 def test_bad_parameters_are_refused(values: dict[str, Any], message: str) -> None:

@@ -28,6 +28,38 @@ class Kept(trace_export.SpanExporter):
         return trace_export.SpanExportResult.SUCCESS
 
 
+async def test_what_runs_upstream_is_a_child_of_the_requests_span():
+    kept = Kept()
+    async with serve_gateway() as gateway:
+        object.__setattr__(gateway.app.services, "tracer", OtelTracer(TraceSettings(), kept))
+        given = f"00-{_TRACE_ID}-00f067aa0ba902b7-01"
+        body = {"model": MODEL, "prompt": ["one", "two"]}
+        for headers in ([("traceparent", given)], [("traceparent", given)] * 2, [("traceparent", given[:-1])], []):
+            await gateway.http.post("/v1/completions", json=body, headers=headers)
+        sent = [request.parameters["traceparent"] for request in gateway.generations]
+        unsampled = [("traceparent", given[:-1] + "0")]
+        await gateway.http.post("/v1/completions", json=body, headers=unsampled)
+        assert gateway.generations[-1].parameters["traceparent"].startswith(f"00-{_TRACE_ID}-")
+        assert gateway.generations[-1].parameters["traceparent"].endswith("-00")
+    spans = [span for span in kept.spans if span.name == "POST /v1/completions"]
+    contexts = [span.context for span in spans]
+    parents = [f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}" for context in contexts]
+    assert sent == [parent for parent in parents for _ in range(2)]
+    assert [_TRACE_ID in parent for parent in parents] == [True, False, False, False]
+
+
+async def test_without_traces_the_callers_own_goes_on():
+    async with serve_gateway() as gateway:
+        given = f"00-{_TRACE_ID}-00f067aa0ba902b7-01"
+        await gateway.http.post("/v1/completions", json={"model": MODEL, "prompt": "x"}, headers={"traceparent": given})
+        await gateway.complete()
+        first, second = gateway.generations
+        assert first.parameters["traceparent"] == given
+        assert "traceparent" not in second.parameters
+        canary = next(request for request in gateway.fake.requests if request not in gateway.generations)
+        assert canary.parameters["traceparent"].endswith("-00")  # never sampled
+
+
 async def test_a_request_is_a_span_of_the_callers_trace():
     kept = Kept()
     tracer = OtelTracer(TraceSettings(), kept)
