@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import httpx
 import pytest
 
 from fakes.gateway import RunningGateway, events, serve_gateway
+from fakes.redis_server import redis_server
 from fakes.replica_process import ReplicaProcess, replica_processes
 from fakes.replicas import QUICK, FakeReplica, serving, until
 from fakes.triton import ReceivedRequest, reply
@@ -194,21 +192,6 @@ async def test_a_broken_key_file_changes_nothing_and_a_mended_one_does(tmp_path:
         assert (await gateway.complete()).status_code == 401
 
 
-@contextmanager
-def redis_server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed; what a missing one does is tested without")
-    path = tmp_path / "redis"
-    command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
-    try:
-        yield f"unix://{path}", process
-    finally:
-        process.kill()
-        process.wait()
-
-
 async def test_redis_counts_for_all_gateways_and_its_end_is_survived(tmp_path: Path) -> None:
     path = key_file(tmp_path, requests_per_minute=50)
     with redis_server(tmp_path) as (url, process):
@@ -226,6 +209,33 @@ async def test_redis_counts_for_all_gateways_and_its_end_is_survived(tmp_path: P
             # What it let in by Redis it has counted itself as well, and goes on from there.
             await asyncio.gather(*(one.complete(max_tokens=3) for _ in range(60)))
             assert len(one.generations) == 50
+
+
+async def test_streams_are_counted_over_all_gateways(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+
+    async def held(request: ReceivedRequest) -> AsyncIterator[Any]:
+        yield reply("word")
+        await gate.wait()
+        yield reply(" more", "stop")
+
+    path = key_file(tmp_path, max_streams=7)
+    with redis_server(tmp_path) as (url, _):
+        keys = {"file": path, "redis_url": url, "redis_timeout_s": 2}
+        async with serve_gateway(held, keys=keys) as one, serve_gateway(held, keys=keys) as other:
+            for gateway in (one, other):
+                gateway.http.headers.update(BEARER)
+            running = [asyncio.create_task((one, other)[number % 2].complete()) for number in range(40)]
+            while sum(task.done() for task in running) < 33:
+                await asyncio.sleep(0.02)
+            refused = [task.result() for task in running if task.done()]
+            assert {answer.json()["error"]["code"] for answer in refused} == {"too_many_streams"}
+            await until(lambda: len(one.generations) + len(other.generations) == 7)
+            gate.set()
+            answers = await asyncio.gather(*running)
+            assert Counter(answer.status_code for answer in answers) == {200: 7, 429: 33}
+            again = await asyncio.gather(*(other.complete() for _ in range(7)))
+            assert Counter(answer.status_code for answer in again) == {200: 7}
 
 
 @pytest.mark.parametrize("is_silent", [False, True], ids=["refused", "silent"])

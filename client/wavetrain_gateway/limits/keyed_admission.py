@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Admission by API key: who asks, what the key allows, and what is left of its limits.
 
-Order matters: streams, which cost nothing to give back, then tokens, which can be given back, then the request, which
-cannot. So what is refused has counted nothing.
+Order matters: streams and tokens, which can be given back, then the request, which cannot. So what is refused has
+counted nothing.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from wavetrain_gateway.admission import Caller, Demand, Ticket
 from wavetrain_gateway.errors import Forbidden, InvalidRequest, RateLimited, Unauthenticated
 from wavetrain_gateway.key_entry import KeyTable, TierEntry
 from wavetrain_gateway.keys import KeyRing, key_in
 from wavetrain_gateway.limits.rate import Allowance, as_duration
+from wavetrain_gateway.limits.shared_streams import SharedStreams, StreamHold, StreamsFull
 from wavetrain_gateway.limits.shared_windows import SharedHold, SharedWindows
 from wavetrain_gateway.limits.store_guard import StoreGuard
-from wavetrain_gateway.limits.stream_slots import StreamSlots
 from wavetrain_gateway.limits.wrong_keys import WrongKeys
 from wavetrain_gateway.watched_file import WatchedFile
 
@@ -36,7 +37,7 @@ class _Held:
 
     key_id: str
     limits: TierEntry
-    num_streams: int = 0
+    streams: StreamHold | None = None
     tokens: SharedHold | None = None
 
 
@@ -46,8 +47,9 @@ class KeyedAdmission:
     Args:
         ring: the keys.
         windows: requests and tokens per minute.
+        streams: sequences that run at once; None: counted in this process.
         key_file: where the keys are read from again when they change; None where they do not.
-        guard: of the store that `windows` is shared on; None where there is none.
+        guard: of the store that both are shared on; None where there is none.
         wrong_keys: slows down who has none.
 
     Attributes:
@@ -59,6 +61,7 @@ class KeyedAdmission:
         ring: KeyRing,
         windows: SharedWindows,
         *,
+        streams: SharedStreams | None = None,
         key_file: WatchedFile[KeyTable] | None = None,
         guard: StoreGuard | None = None,
         wrong_keys: WrongKeys | None = None,
@@ -69,8 +72,8 @@ class KeyedAdmission:
         self._key_file = key_file
         self._guard = guard
         self._wrong_keys = wrong_keys or WrongKeys()
-        self._slots = StreamSlots()
-        self._settling: set[asyncio.Task[None]] = set()
+        self._streams = streams or SharedStreams()
+        self._settling: set[asyncio.Future[Any]] = set()
 
     @property
     def num_key_file_errors(self) -> int:
@@ -88,8 +91,8 @@ class KeyedAdmission:
         return self._guard is not None and self._guard.is_down
 
     def num_running(self, caller: str) -> int:
-        """How many sequences of a caller, by its name, run now."""
-        return self._slots.running(caller)
+        """How many sequences of a caller, by its name, this gateway runs now."""
+        return self._streams.running(caller)
 
     async def start(self) -> None:
         """Begins to watch the key file, and connects to the store."""
@@ -97,6 +100,7 @@ class KeyedAdmission:
             self._key_file.start(self._ring.replace)
         if self._guard is not None:
             await self._guard.start()
+        self._streams.start()
 
     async def close(self) -> None:
         """Stops watching, and finishes what is being given back. Idempotent."""
@@ -104,6 +108,7 @@ class KeyedAdmission:
             await self._key_file.close()
         if self._settling:
             await asyncio.wait(self._settling)
+        await self._streams.close()
         if self._guard is not None:
             await self._guard.close()
 
@@ -147,7 +152,7 @@ class KeyedAdmission:
             raise Unauthenticated("the API key is not known any more; ask for a new one")
         held = _Held(caller.name, limits)
         try:
-            self._take_streams(held, demand)
+            await self._take_streams(held, demand)
             await self._take_tokens(held, demand)
             await self._take_request(held)
             headers = await self._headers(held)
@@ -158,28 +163,32 @@ class KeyedAdmission:
 
     async def settle(self, held: _Held, num_tokens: int) -> None:
         """Gives back what a request held; for the tickets. Goes on when the caller is cancelled."""
-        num_streams, held.num_streams = held.num_streams, 0
-        if num_streams:
-            self._slots.give_back(held.key_id, num_streams)
+        streams, held.streams = held.streams, None
         tokens, held.tokens = held.tokens, None
         limit = held.limits.tokens_per_minute
+        work: list[Coroutine[Any, Any, None]] = []
+        if streams is not None:
+            work.append(self._give_back(streams))
         if tokens is not None and limit is not None:
-            task = asyncio.get_running_loop().create_task(self._settle_tokens(held.key_id, limit, tokens, num_tokens))
+            work.append(self._settle_tokens(held.key_id, limit, tokens, num_tokens))
+        if work:
+            task = asyncio.gather(*work)
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
             await asyncio.shield(task)
 
-    def _take_streams(self, held: _Held, demand: Demand) -> None:
+    async def _take_streams(self, held: _Held, demand: Demand) -> None:
         limit = held.limits.max_streams
-        if not self._slots.take(held.key_id, limit, demand.num_streams):
+        try:
+            held.streams = await self._streams.take(held.key_id, limit, demand.num_streams)
+        except StreamsFull as full:
             self.num_refused[held.key_id, "streams"] += 1
             raise RateLimited(
-                f"the API key may run {limit} sequences at once, and {self._slots.running(held.key_id)} are running; "
+                f"the API key may run {limit} sequences at once, and {full.num_running} are running; "
                 "wait for one to end",
                 code="too_many_streams",
                 retry_after_s=_STREAM_RETRY_AFTER_S,
-            )
-        held.num_streams = demand.num_streams
+            ) from None
 
     async def _take_tokens(self, held: _Held, demand: Demand) -> None:
         limit = held.limits.tokens_per_minute
@@ -226,6 +235,13 @@ class KeyedAdmission:
         if held.limits.tokens_per_minute is not None:
             headers |= _as_headers("tokens", await self._windows.tokens(held.key_id, held.limits.tokens_per_minute))
         return headers
+
+    async def _give_back(self, streams: StreamHold) -> None:
+        try:
+            await self._streams.give_back(streams)
+        except Exception:
+            # A ticket's `settle` never raises; and the lease runs out by itself.
+            _log.exception("streams of the key %s could not be given back", streams.key_id)
 
     async def _settle_tokens(self, key_id: str, limit: int, tokens: SharedHold, num_tokens: int) -> None:
         try:

@@ -38,6 +38,9 @@ class RefundingRedisStorage(RedisStorage):
 
     Args:
         pool: connections to the server.
+
+    Attributes:
+        client: the asyncio client on these connections, for what else is counted on the server.
     """
 
     STORAGE_SCHEME = None  # pyright: ignore[reportAssignmentType] - it is not one that an address can name
@@ -46,8 +49,8 @@ class RefundingRedisStorage(RedisStorage):
         self._pool = cast("Any", pool)
         # With a pool the library takes everything from it, and nothing from the address.
         super().__init__("async+redis://", implementation="redispy", key_prefix=_KEY_PREFIX, connection_pool=self._pool)
-        self._redis = cast("Any", self.bridge).get_connection()
-        self._refund = self._redis.register_script(_REFUND)
+        self.client = cast("Any", self.bridge).get_connection()
+        self._refund = self.client.register_script(_REFUND)
 
     @classmethod
     def at(cls, url: str) -> RefundingRedisStorage:
@@ -83,10 +86,10 @@ class RefundingRedisStorage(RedisStorage):
         scripts = (bridge.lua_acquire_moving_window, bridge.lua_moving_window, self._refund)
         sliding = (bridge.lua_acquire_sliding_window, bridge.lua_sliding_window)
         for script in (*scripts, *sliding):
-            await self._redis.script_load(script.script)
-        await asyncio.gather(*(self._redis.ping() for _ in range(_MAX_CONNECTIONS)))
+            await self.client.script_load(script.script)
+        await asyncio.gather(*(self.client.ping() for _ in range(_MAX_CONNECTIONS)))
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._redis.aclose()
+        await self.client.aclose()
         await self._pool.aclose()

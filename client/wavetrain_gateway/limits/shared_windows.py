@@ -18,6 +18,7 @@ from wavetrain_gateway.limits.windows import TokenHold, Windows
 
 T = TypeVar("T")
 WhenDown = Literal["open", "closed"]
+STORE_IS_DOWN = "the store of the rate limits does not answer; send the request again later"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,4 @@ class SharedWindows:
 
     def _refuse_if_closed(self) -> None:
         if self._when_down == "closed":
-            raise Unavailable(
-                "the store of the rate limits does not answer; send the request again later", code="limits_unavailable"
-            )
+            raise Unavailable(STORE_IS_DOWN, code="limits_unavailable")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many sequences of a key run at once in this process."""
+"""How many sequences of a key run at once in this process. `shared_streams` counts those of all gateways."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+DEFAULT_PER_MINUTE = 60
 _WINDOW_S = 60.0
 _MAX_ADDRESSES = 10_000
 
@@ -23,7 +24,7 @@ class WrongKeys:
         clock: monotonic seconds.
     """
 
-    def __init__(self, per_minute: int = 60, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_minute: int = DEFAULT_PER_MINUTE, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute = per_minute
         self._clock = clock
         self._by_address: OrderedDict[str, deque[float]] = OrderedDict()

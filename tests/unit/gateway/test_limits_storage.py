@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import fakeredis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from limits.aio.storage import MemoryStorage
-from redis.asyncio import BlockingConnectionPool
 
+from fakes.redis_server import fake_pool, redis_server
 from wavetrain_gateway.limits.monotonic_storage import MonotonicStorage
 from wavetrain_gateway.limits.rate import as_duration, sliding_wait_s
 from wavetrain_gateway.limits.redis_storage import RefundingRedisStorage
@@ -33,19 +30,9 @@ class Clock:
 
 
 @pytest.fixture(scope="session")
-def redis_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed; the same test runs on fakeredis")
-    path = tmp_path_factory.mktemp("redis") / "s"
-    command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not path.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    yield path
-    process.terminate()
-    process.wait()
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as (url, _):
+        yield url
 
 
 @pytest.fixture(params=["memory", "fakeredis", "redis"])
@@ -54,10 +41,9 @@ async def storage(request: pytest.FixtureRequest) -> AsyncIterator[RefundingStor
         yield MonotonicStorage()
         return
     if request.param == "fakeredis":
-        connections = {"connection_class": fakeredis.FakeAsyncRedisConnection, "server": fakeredis.FakeServer()}
-        redis = RefundingRedisStorage(BlockingConnectionPool(max_connections=16, timeout=None, **connections))
+        redis = RefundingRedisStorage(fake_pool(fakeredis.FakeServer()))
     else:
-        redis = RefundingRedisStorage.at(f"unix://{request.getfixturevalue('redis_socket')}")
+        redis = RefundingRedisStorage.at(request.getfixturevalue("redis_url"))
     await redis.reset()
     yield redis
     await redis.close()
