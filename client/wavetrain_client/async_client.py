@@ -36,8 +36,10 @@ from wavetrain_client.tokenization import (
     Tokenization,
     decode_text,
     decode_tokenization,
+    decode_tokenizer_info,
     encode_detokenize,
     encode_tokenize,
+    encode_tokenizer_info,
 )
 from wavetrain_client.wire import WireRequest
 
@@ -156,6 +158,14 @@ class AsyncClient:
         """
         request = encode_tokenize(prompt, add_special_tokens=add_special_tokens)
         return decode_tokenization(await self._ask(request, timeout_s))
+
+    async def tokenizer_info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Returns the named special tokens, the chat template and sizes, in the words of tokenizer_config.json.
+
+        Raises:
+            ClientError: one of its subclasses, by what went wrong.
+        """
+        return decode_tokenizer_info(await self._ask(encode_tokenizer_info(), timeout_s))
 
     async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
         """Returns the text of token ids, without special tokens.

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from wavetrain_client.errors import RequestRejected, ServerFailed
 from wavetrain_client.options import ChatPrompt
@@ -51,6 +52,31 @@ def encode_detokenize(token_ids: Sequence[int], *, request_id: str = "") -> Wire
         raise RequestRejected("there must be at least one token id")
     tensor = encode_tensor("token_ids", "INT32", (1, len(token_ids)), token_ids)
     return WireRequest(model=DETOKENIZER_MODEL, id=request_id, tensors=[tensor])
+
+
+def encode_tokenizer_info(*, request_id: str = "") -> WireRequest:
+    """Builds what asks what the tokenizer is."""
+    tensors = [
+        encode_tensor("text_input", "BYTES", (1, 1), ["1"]),
+        encode_tensor("return_tokenizer_info", "BOOL", (1, 1), [True]),
+    ]
+    return WireRequest(model=TOKENIZER_MODEL, id=request_id, tensors=tensors)
+
+
+def decode_tokenizer_info(response: Any) -> dict[str, Any]:
+    """Reads what `tokenizer` says of itself, in the words of a checkpoint's tokenizer_config.json.
+
+    Raises:
+        ServerFailed: it makes no sense.
+    """
+    found = _outputs(response, {"tokenizer_info"}).get("tokenizer_info")
+    try:
+        info: object = json.loads(found[0]) if found else None
+    except ValueError:
+        info = None
+    if not isinstance(info, dict):
+        raise ServerFailed("the tokenizer does not say what it is")
+    return cast("dict[str, Any]", info)
 
 
 def decode_tokenization(response: Any) -> Tokenization:

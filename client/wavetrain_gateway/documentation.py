@@ -102,7 +102,8 @@ def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
         "parameters": [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
             for name in re.findall(r"{(\w+)}", path)
-        ],
+        ]
+        + [{"name": name, "in": "query", "required": False, "schema": {"type": "string"}} for name in spec.query],
     }
     if spec.body is not None:
         schema = {"$ref": f"#/components/schemas/{spec.body.__name__}"}

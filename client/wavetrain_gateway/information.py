@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import parse_qsl
 
 from wavetrain_client import ChatPrompt
 from wavetrain_gateway.bodies import parse_body, read_body
@@ -43,26 +44,40 @@ async def tokenize(exchange: Exchange, services: Services) -> None:
     body = parse_body(await _body(exchange, services), TokenizeRequest)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("send either prompt or messages", param="prompt")
-    check_model(exchange, services, body.model)
+    model = _model_of(body.model, exchange, services)
     timeout_s = exchange.timeout_s(services.settings.flow.total_timeout_s)
     if body.messages is not None:
         variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
         variables["add_generation_prompt"] = body.add_generation_prompt is not False
         chat = ChatPrompt(messages=template_messages(body.messages), variables=variables)
-        found = await services.upstream.tokenize_chat(body.model, chat, timeout_s=timeout_s)
+        found = await services.upstream.tokenize_chat(model, chat, timeout_s=timeout_s)
     else:
         is_raw = body.add_special_tokens is False
-        found = await services.upstream.tokenize(body.model, body.prompt or "", is_raw=is_raw, timeout_s=timeout_s)
+        found = await services.upstream.tokenize(model, body.prompt or "", is_raw=is_raw, timeout_s=timeout_s)
     token_ids = list(found.token_ids)
     await exchange.answer_json({"count": len(token_ids), "max_model_len": found.max_model_len, "tokens": token_ids})
+
+
+async def tokenizer_info(exchange: Exchange, services: Services) -> None:
+    """GET /tokenizer_info: what vLLM's says, for harnesses that tokenize by the server.
+
+    It shows the chat template, which is no secret from whoever may use the model: /tokenize and /detokenize show what
+    becomes of any messages.
+    """
+    query = dict(parse_qsl(str(exchange.scope["query_string"], "latin-1"), keep_blank_values=True))
+    model = _model_of(query.pop("model", None), exchange, services)
+    if query:
+        raise InvalidRequest(f"there is no parameter {next(iter(query))[:64]!r}; there is 'model'", param="query")
+    timeout_s = exchange.timeout_s(services.settings.flow.total_timeout_s)
+    await exchange.answer_json(await services.upstream.tokenizer_info(model, timeout_s=timeout_s))
 
 
 async def detokenize(exchange: Exchange, services: Services) -> None:
     """POST /detokenize."""
     body = parse_body(await _body(exchange, services), DetokenizeRequest)
-    check_model(exchange, services, body.model)
+    model = _model_of(body.model, exchange, services)
     timeout_s = exchange.timeout_s(services.settings.flow.total_timeout_s)
-    text = await services.upstream.detokenize(body.model, body.tokens, timeout_s=timeout_s)
+    text = await services.upstream.detokenize(model, body.tokens, timeout_s=timeout_s)
     await exchange.answer_json({"prompt": text})
 
 
@@ -110,6 +125,25 @@ async def _body(exchange: Exchange, services: Services) -> bytes:
         max_bytes=services.settings.caps.max_body_bytes,
         timeout_s=services.settings.flow.body_timeout_s,
     )
+
+
+def _model_of(name: str | None, exchange: Exchange, services: Services) -> str:
+    """The model that a request about tokens names, or the only one that the caller may use.
+
+    Raises:
+        InvalidRequest: it names none, and there are several.
+        NotFound, Forbidden: as `check_model`.
+    """
+    if name is None:
+        cards = [card for card in services.upstream.models() if exchange.caller.may_use(card.id)]
+        if len({card.root for card in cards}) != 1:
+            raise InvalidRequest(
+                "model is missing, and there are several; name one of GET /v1/models",
+                param="model",
+                code="missing_parameter",
+            )
+        name = cards[0].id
+    return check_model(exchange, services, name).id
 
 
 def _model(card: ModelCard) -> dict[str, Any]:

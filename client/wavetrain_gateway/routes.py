@@ -30,6 +30,7 @@ class RouteSpec:
         is_public: answered without a key.
         is_work: refused while the gateway drains, and waited for.
         body: what it takes.
+        query: parameters of its address, none of them required.
         answers: status to what it means, beside those that every route has.
     """
 
@@ -40,6 +41,7 @@ class RouteSpec:
     is_public: bool = False
     is_work: bool = False
     body: type[BaseModel] | None = None
+    query: tuple[str, ...] = ()
     answers: dict[int, str] = field(default_factory=dict[int, str])
 
 
@@ -108,6 +110,15 @@ ROUTES: tuple[RouteSpec, ...] = (
         is_work=True,
         body=TokenizeRequest,
         answers=_TOKENS,
+    ),
+    RouteSpec(
+        method="GET",
+        path="/tokenizer_info",
+        handler=information.tokenizer_info,
+        summary="Tell what the tokenizer is",
+        is_work=True,
+        query=("model",),
+        answers={status: _TOKENS[status] for status in (404, 502, 503, 504)},
     ),
     RouteSpec(
         method="POST",

@@ -210,13 +210,13 @@ class ChatRequest(SamplingFields):
 
 
 class TokenizeRequest(BaseModel):
-    """POST /tokenize: of a prompt, or of messages."""
+    """POST /tokenize: of a prompt, or of messages. Without a model it is the only one there is."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     max_sizes: ClassVar[dict[str, int]] = {"messages": 65_536, "chat_template_kwargs": 32}
     refused: ClassVar[dict[str, str]] = {"return_token_strs": "ask /detokenize for the text of tokens"}
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
     add_special_tokens: bool | None = None
@@ -225,11 +225,11 @@ class TokenizeRequest(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    """POST /detokenize."""
+    """POST /detokenize. Without a model it is the only one there is."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     max_sizes: ClassVar[dict[str, int]] = {"tokens": MAX_LIST}
     refused: ClassVar[dict[str, str]] = {}
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_LIST)]

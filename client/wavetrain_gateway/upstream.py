@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from wavetrain_client import ChatPrompt, Chunk, GenerationRequest
 
@@ -125,6 +125,10 @@ class Upstream(Protocol):
 
     async def tokenize_chat(self, model: str, chat: ChatPrompt, *, timeout_s: float) -> Tokens:
         """Returns the token ids of chat messages, rendered by the checkpoint's template. Raises as `tokenize` does."""
+        ...
+
+    async def tokenizer_info(self, model: str, *, timeout_s: float) -> dict[str, Any]:
+        """Returns named special tokens, the chat template and sizes. Raises as `tokenize` does."""
         ...
 
     async def detokenize(self, model: str, token_ids: Sequence[int], *, timeout_s: float) -> str:

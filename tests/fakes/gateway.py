@@ -21,6 +21,7 @@ from wavetrain_gateway.settings import GatewaySettings
 
 MODEL = "m"
 WORDS = ["one", " two", " three"]
+TOKENIZER_INFO = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>", "chat_template": None}
 
 
 @dataclass
@@ -81,7 +82,9 @@ class Model:
     words: list[str] = field(default_factory=lambda: list(WORDS))
 
     async def __call__(self, request: ReceivedRequest) -> AsyncIterator[Any]:
-        if request.model == "tokenizer":
+        if request.model == "tokenizer" and "return_tokenizer_info" in request.inputs:
+            yield tensor_response(tokenizer_info=("BYTES", [1, 1], [json.dumps(TOKENIZER_INFO)]))
+        elif request.model == "tokenizer":
             text = request.inputs.get("messages", request.inputs["text_input"])[0].decode()
             ids = [ord(char) % 256 for char in text]
             yield tensor_response(

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jinja2
 import pytest
 
 from fakes.compiled_kernels import are_compiled_kernels_to_be_had
 from fakes.triton_server import RunningServer
 from wavetrain_engine import LLM, SamplingParams
+from wavetrain_engine.text.tokenizer import Tokenizer
 from wavetrain_gateway.assembly import build_gateway
 from wavetrain_gateway.server import GatewayServer, listen_on
 from wavetrain_gateway.settings import GatewaySettings
@@ -130,3 +132,38 @@ async def test_lm_evals_generations_end_at_their_strings(triton_server: RunningS
         answer = (await client.post("/v1/completions", json=body)).raise_for_status().json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert all("\n" not in choice["text"] for choice in answer["choices"])
+
+
+async def test_lm_evals_remote_tokenizer_is_the_checkpoints_own(
+    triton_server: RunningServer, served_model: Path
+) -> None:
+    """What lm-eval does with `tokenizer_backend=remote`: no request names a model."""
+    tokenizer = Tokenizer.load(served_model)
+    async with running_gateway(triton_server.grpc_url) as client:
+
+        async def encode(text: str) -> list[int]:
+            answer = await client.post("/tokenize", json={"prompt": text, "add_special_tokens": False})
+            return answer.raise_for_status().json()["tokens"]
+
+        info = (await client.get("/tokenizer_info")).raise_for_status().json()
+        assert [(await encode(info[name]))[0] for name in ("eos_token", "bos_token")] == [
+            tokenizer.eos_token_id,
+            tokenizer.bos_token_id,
+        ]
+        text = "def é(x):\n    return '日本'"
+        ids = await encode(text)
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+        answer = await client.post("/detokenize", json={"tokens": ids})
+        assert answer.raise_for_status().json() == {"prompt": text}
+        messages = [{"role": "user", "content": "add(a, b)"}]
+        rendered = (
+            jinja2.Environment()
+            .from_string(info["chat_template"])
+            .render(
+                messages=messages,
+                add_generation_prompt=True,
+                **{name: info[name] for name in ("bos_token", "eos_token")},
+            )
+        )
+        chat = await client.post("/tokenize", json={"messages": messages})
+        assert await encode(rendered) == chat.json()["tokens"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from wavetrain_client import AsyncChunkStream, AsyncClient, ChatPrompt, GenerationRequest, Tokenization
 
@@ -20,6 +20,10 @@ class ReplicaClient(Protocol):
         self, prompt: str | ChatPrompt, *, add_special_tokens: bool = True, timeout_s: float | None = None
     ) -> Tokenization:
         """Returns the token ids of a text or of chat messages."""
+        ...
+
+    async def tokenizer_info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Returns what the tokenizer says of itself."""
         ...
 
     async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:

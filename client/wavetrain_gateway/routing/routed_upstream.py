@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -102,6 +102,10 @@ class RoutedUpstream:
         """Asks a replica's tokenizer, with its chat template. Raises as `tokenize` does."""
         found = await self._ask(model, lambda client: client.tokenize(chat, timeout_s=timeout_s))
         return Tokens(token_ids=found.token_ids, max_model_len=found.max_model_len)
+
+    async def tokenizer_info(self, model: str, *, timeout_s: float) -> dict[str, Any]:
+        """Asks a replica's tokenizer. Raises as `tokenize` does."""
+        return await self._ask(model, lambda client: client.tokenizer_info(timeout_s=timeout_s))
 
     async def detokenize(self, model: str, token_ids: Sequence[int], *, timeout_s: float) -> str:
         """Asks a replica's detokenizer. Raises as `tokenize` does."""

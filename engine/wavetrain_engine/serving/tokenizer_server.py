@@ -6,6 +6,7 @@ It reports its own errors: in an ensemble they end the request before the engine
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from wavetrain_engine.serving.model_files import ModelFiles
 from wavetrain_engine.serving.prompts import bad_word_ids, biased_token_ids
 from wavetrain_engine.serving.tensors import RequestTensors
 from wavetrain_engine.serving.triton_model import TritonModel
+from wavetrain_engine.text.chat_template import ChatTemplate
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class TokenizerServer(TritonModel):
     _tokenizer: Tokenizer
     _facts: EngineFacts
     _prompts: LlmPrompts | None = None
+    _info: bytes = b""
 
     def start(self, files: ModelFiles) -> None:
         """Loads the tokenizer and learns the engine's limits."""
@@ -43,6 +46,7 @@ class TokenizerServer(TritonModel):
         self._facts = self._client.start()
         template = files.load_chat_template(self._tokenizer, timeout_s=TEMPLATE_TIMEOUT_S)
         self._prompts = LlmPrompts(self._tokenizer, template, self._facts.max_model_len)
+        self._info = _info(self._tokenizer, template, self._facts).encode()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Tokenizes each request's rows."""
@@ -71,6 +75,10 @@ class TokenizerServer(TritonModel):
             raise RequestError("decoder_text_input is not supported yet; leave it out")
         if self._prompts is None:
             raise RequestError("the model is not loaded")
+        if tensors.scalar("return_tokenizer_info", 0):
+            info = pb_utils.Tensor("tokenizer_info", np.full((tensors.num_rows, 1), self._info, dtype=np.object_))
+        else:
+            info = None
         prompts: list[list[int]] = []
         bad_words: list[list[list[int]]] = []
         biases: list[dict[int, float]] = []
@@ -79,13 +87,14 @@ class TokenizerServer(TritonModel):
             prompts.append(self._prompts.read(tensors, row, add_special_tokens=is_plain).token_ids)
             bad_words.append(bad_word_ids(tensors, row, self._tokenizer))
             biases.append(biased_token_ids(tensors, row, self._tokenizer))
-        return [
+        outputs = [
             pb_utils.Tensor("input_ids", _padded(prompts)),
             pb_utils.Tensor("input_lengths", np.array([[len(prompt)] for prompt in prompts], dtype=np.int32)),
             pb_utils.Tensor("bad_words_list", _word_lists(bad_words)),
             pb_utils.Tensor("embedding_bias", self._bias_rows(biases)),
             pb_utils.Tensor("max_model_len", np.full((len(prompts), 1), self._facts.max_model_len, dtype=np.int32)),
         ]
+        return outputs if info is None else [*outputs, info]
 
     def _bias_rows(self, biases: list[dict[int, float]]) -> np.ndarray[Any, Any]:
         """[rows, vocab_size], or [rows, 0] where no row has a bias, as that is a lot to send."""
@@ -95,6 +104,20 @@ class TokenizerServer(TritonModel):
             for token_id, value in bias.items():
                 array[row, token_id] = value
         return array
+
+
+def _info(tokenizer: Tokenizer, template: ChatTemplate | None, facts: EngineFacts) -> str:
+    """What harnesses that tokenize by a server want to know of it, in the words of tokenizer_config.json."""
+    return json.dumps(
+        {
+            # That of transformers which reads tokenizer.json alone, as is done here whatever a checkpoint names.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **tokenizer.named_tokens,
+            "chat_template": None if template is None else template.source,
+            "model_max_length": facts.max_model_len,
+            "vocab_size": tokenizer.vocab_size,
+        }
+    )
 
 
 def _padded(rows: list[list[int]]) -> np.ndarray[Any, Any]:

@@ -79,6 +79,11 @@ class ChatTemplate:
         sources = {"default": value} if isinstance(value, str) else _named_sources(value)
         return cls(sources, named_tokens, timeout_s=timeout_s)
 
+    @property
+    def source(self) -> str:
+        """The template that is used where there are no tools."""
+        return self._sources["default"]
+
     def render(
         self,
         messages: Sequence[Message],

@@ -159,4 +159,10 @@ def test_tokenizer_renders_messages_and_leaves_special_tokens_out(tokenizer: Tok
     for is_plain in (True, False):
         (answer,) = model.execute([request_of(has_rows=True, text_input="ab", add_special_tokens=is_plain)])
         assert answer.values()["input_ids"].tolist() == [tokenizer.encode("ab", add_special_tokens=is_plain)]
+        assert "tokenizer_info" not in answer.values()
+    (answer,) = model.execute([request_of(has_rows=True, text_input="ab", return_tokenizer_info=True)])
+    info = json.loads(answer.values()["tokenizer_info"][0][0])
+    assert info["chat_template"] == template.source
+    assert (info["model_max_length"], info["vocab_size"]) == (FACTS.max_model_len, tokenizer.vocab_size)
+    assert {name: info[name] for name in tokenizer.named_tokens} == tokenizer.named_tokens
     model.finalize()

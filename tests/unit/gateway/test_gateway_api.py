@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fakes.gateway import MODEL, events, sampling, serve_gateway
+from fakes.gateway import MODEL, TOKENIZER_INFO, events, sampling, serve_gateway
 from fakes.triton import ReceivedRequest, reply, tensor_response
 
 
@@ -331,6 +331,38 @@ async def test_models_and_tokens():
         assert text.json() == {"prompt": "abc"}
         both = await gateway.http.post("/tokenize", json=chat | {"prompt": "x"})
         assert both.json()["error"]["message"] == "send either prompt or messages"
+
+
+async def test_what_is_about_tokens_needs_a_model_only_where_there_are_several():
+    async with serve_gateway() as gateway:
+        http = gateway.http
+        for query in ("", f"?model={MODEL}"):
+            assert (await http.get(f"/tokenizer_info{query}")).json() == TOKENIZER_INFO
+        assert (await http.post("/tokenize", json={"prompt": "ab"})).json()["tokens"] == [97, 98]
+        assert (await http.post("/detokenize", json={"tokens": [0, 1]})).json() == {"prompt": "ab"}
+        for query, status, param in (
+            ("?model=other", 404, "model"),
+            ("?model=", 404, "model"),
+            ("?mode=m", 400, "query"),
+        ):
+            answer = await http.get(f"/tokenizer_info{query}")
+            assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+async def test_of_several_models_one_has_to_be_named(tmp_path):
+    async with serve_gateway() as only:
+        replica = '[[replica]]\nname = "{0}"\nurl = "{1}"\nmodel = "{0}"\n'
+        table = "".join(replica.format(name, only.fake.url) for name in "ab")
+        (tmp_path / "routing.toml").write_text(table, encoding="utf-8")
+        async with serve_gateway(routing={"file": tmp_path / "routing.toml"}) as gateway:
+            for answer in (
+                await gateway.http.get("/tokenizer_info"),
+                await gateway.http.post("/tokenize", json={"prompt": "ab"}),
+                await gateway.http.post("/detokenize", json={"tokens": [1]}),
+            ):
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"], error["code"]) == (400, "model", "missing_parameter")
+            assert (await gateway.http.get("/tokenizer_info?model=b")).json() == TOKENIZER_INFO
 
 
 async def test_the_request_id_is_the_callers_own():
