@@ -13,6 +13,8 @@ import pytest
 
 from fakes.gateway import MODEL, RunningGateway, events, serve_gateway
 from fakes.triton import Abort, ReceivedRequest, reply
+from wavetrain_gateway.app import GatewayApp
+from wavetrain_gateway.server import GatewayServer, listen_on
 
 _TIMEOUT_S = 10.0
 
@@ -338,3 +340,25 @@ async def test_abusive_bodies_do_not_hold_the_others_up():
         watcher.cancel()
     # On an idle machine below 0.05 s, client and fake server in the same loop included; here others work beside.
     assert max(lags.values()) < 1.0, lags
+
+
+async def test_a_small_event_waits_for_no_acknowledgement():
+    seen: list[int] = []
+
+    class Looking(GatewayApp):
+        async def __call__(self, scope, receive, send) -> None:
+            if scope["type"] == "http":
+                connection = scope["extensions"]["wavetrain.abort"].__self__.get_extra_info("socket")
+                seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            await super().__call__(scope, receive, send)
+
+    async with serve_gateway() as gateway:
+        listener = listen_on("127.0.0.1", 0)
+        server = GatewayServer(Looking(gateway.app.services))
+        port = listener.getsockname()[1]
+        serving = asyncio.create_task(server.serve([listener]))
+        async with httpx.AsyncClient(trust_env=False) as client:
+            assert (await client.get(f"http://127.0.0.1:{port}/livez")).status_code == 200
+        server.stop()
+        await serving
+    assert seen == [1]
