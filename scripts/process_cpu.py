@@ -34,6 +34,20 @@ def cpu_seconds(root_pid: int) -> dict[str, float]:
     return seconds
 
 
+def find_argument(root_pid: int, flag: str) -> str:
+    """What `flag=` is given in the command line of a process or one of its descendants.
+
+    Raises:
+        LookupError: none has it.
+    """
+    for pid in _tree(root_pid):
+        with contextlib.suppress(OSError):
+            for part in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0"):
+                if part.startswith(f"{flag}="):
+                    return part.partition("=")[2]
+    raise LookupError(f"no process below {root_pid} was started with {flag}")
+
+
 def _tree(root_pid: int) -> list[int]:
     found = [root_pid]
     for pid in found:

@@ -64,16 +64,18 @@ class ChatPrompt:
 
     messages: Sequence[Mapping[str, Any]]
     variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    _json: tuple[str, str] = field(init=False, repr=False, compare=False, default=("", ""))
 
     def __post_init__(self) -> None:
-        self.to_json()
-
-    def to_json(self) -> tuple[str, str]:
-        """Messages and variables, each as JSON text."""
         try:
-            return json.dumps(list(self.messages)), json.dumps(dict(self.variables))
+            texts = json.dumps(list(self.messages)), json.dumps(dict(self.variables))
         except (TypeError, ValueError, RecursionError):
             raise RequestRejected("chat messages must be JSON values: objects, lists, strings and numbers") from None
+        object.__setattr__(self, "_json", texts)
+
+    def to_json(self) -> tuple[str, str]:
+        """Messages and variables, each as JSON text, as they were when this was made."""
+        return self._json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ def _checked_token_ids(values: object) -> list[int]:
             f"the prompt must be text, a list of token ids or a ChatPrompt, got {type(values).__name__}"
         )
     token_ids = list(cast("Sequence[Any]", values))
+    if set(map(type, token_ids)) <= {int}:  # all of them in one go, as a prompt may be long
+        return token_ids
     for token_id in token_ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise RequestRejected(f"a prompt of token ids must hold integers, got {str(token_id)[:64]!r}")

@@ -7,6 +7,7 @@ from starlette.applications import Starlette
 
 from wavetrain_gateway.admission import Admission
 from wavetrain_gateway.app import GatewayApp
+from wavetrain_gateway.bodies import LargeBodies
 from wavetrain_gateway.engine_load import EngineLoads
 from wavetrain_gateway.host_names import loopback_hosts
 from wavetrain_gateway.lifecycle import Lifecycle
@@ -57,6 +58,7 @@ def build_gateway(
         ),
         log=log,
         loads=EngineLoads(settings.engine_metrics),
+        large_bodies=LargeBodies(),
         allowed_hosts=None if has_keys else loopback_hosts(settings.listen),
         tracer=NoTracer() if settings.trace.otlp_endpoint is None else OtelTracer(settings.trace),
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +20,7 @@ from wavetrain_gateway.errors import InvalidRequest, RequestTimeout, TooLarge, U
 
 _MAX_FIELDS = 128
 _MAX_SHOWN_CHARS = 64
+_MAX_SMALL_BYTES = 64 << 10  # parsed within two milliseconds whatever is in it
 
 
 class Schema(Protocol):
@@ -78,34 +80,69 @@ async def _read(receive: Any, max_bytes: int) -> bytes:
             return b"".join(parts)
 
 
-def parse_body(data: bytes | str, schema: type[SchemaT]) -> SchemaT:
+class LargeBodies:
+    """Has large bodies parsed one in each turn of the event loop, so that many at once hold nobody up for longer than
+    one does.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def turn(self, num_bytes: int) -> AsyncGenerator[None, None]:
+        """Waits for the turn of a body of this size; small ones need none."""
+        if num_bytes <= _MAX_SMALL_BYTES:
+            yield
+            return
+        async with self._lock:
+            try:
+                yield
+            finally:
+                await asyncio.sleep(0)
+
+
+def parse_json(data: bytes | str) -> object:
+    """Reads JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    # Names are not cached: of a body with many different ones that is most of the work.
+    return from_json(data, allow_inf_nan=False, cache_strings="none")
+
+
+def parse_body(data: bytes | str, schema: type[SchemaT], max_sizes: Mapping[str, int] | None = None) -> SchemaT:
     """Reads a JSON object as `schema` has it.
+
+    Args:
+        max_sizes: the most that lists and objects may hold, before the schema's own.
 
     Raises:
         InvalidRequest: it is no JSON object, or a field is unknown, missing, of a wrong type or out of range; `param`
             names it.
     """
     try:
-        values: object = from_json(data, allow_inf_nan=False)
+        values = parse_json(data)
     except (ValueError, RecursionError):
         raise InvalidRequest(
             "the body is not valid JSON (UTF-8, no NaN, not nested too deep)", code="invalid_json"
         ) from None
     if not isinstance(values, dict):
         raise InvalidRequest("the body must be a JSON object")
-    return parse_object(cast("dict[str, Any]", values), schema)
+    return parse_object(cast("dict[str, Any]", values), schema, max_sizes)
 
 
-def parse_object(fields: dict[str, Any], schema: type[SchemaT]) -> SchemaT:
+def parse_object(fields: dict[str, Any], schema: type[SchemaT], max_sizes: Mapping[str, int] | None = None) -> SchemaT:
     """Does what `parse_body` does with what was parsed already."""
     kind = cast("type[Schema]", schema)
+    sizes = {**kind.max_sizes, **(max_sizes or {})}
     if len(fields) > _MAX_FIELDS:
         raise InvalidRequest(f"the body has {len(fields)} fields; at most {_MAX_FIELDS} are read")
     for name, value in fields.items():
         if name not in kind.model_fields:
             raise _unknown(name, kind)
-        if isinstance(value, list | dict) and len(cast("list[Any]", value)) > kind.max_sizes.get(name, _MAX_FIELDS):
-            most = kind.max_sizes.get(name, _MAX_FIELDS)
+        if isinstance(value, list | dict) and len(cast("list[Any]", value)) > sizes.get(name, _MAX_FIELDS):
+            most = sizes.get(name, _MAX_FIELDS)
             raise InvalidRequest(
                 f"{name} holds {len(cast('list[Any]', value))} elements; at most {most} are read", param=name
             )

@@ -12,7 +12,7 @@ from typing import Any
 from wavetrain_client import ClientError
 from wavetrain_gateway.admission import Ticket
 from wavetrain_gateway.answers import DONE, Answer, as_events, error_event
-from wavetrain_gateway.bodies import ClientGone, parse_body, read_body
+from wavetrain_gateway.bodies import ClientGone, SchemaT, parse_body, read_body
 from wavetrain_gateway.errors import (
     Forbidden,
     GatewayError,
@@ -36,14 +36,27 @@ CACHE_HEADER = "x-wavetrain-cache"
 
 async def complete(exchange: Exchange, services: Services) -> None:
     """POST /v1/completions."""
-    body = parse_body(await _body(exchange, services), CompletionRequest)
+    body = await take_body(exchange, services, CompletionRequest)
     await _answer(exchange, services, plan_completion(body, services.settings.caps))
 
 
 async def chat(exchange: Exchange, services: Services) -> None:
     """POST /v1/chat/completions."""
-    body = parse_body(await _body(exchange, services), ChatRequest)
+    body = await take_body(exchange, services, ChatRequest)
     await _answer(exchange, services, plan_chat(body, services.settings.caps))
+
+
+async def take_body(exchange: Exchange, services: Services, schema: type[SchemaT]) -> SchemaT:
+    """The request's body. Raises what `read_body` and `parse_body` raise."""
+    caps = services.settings.caps
+    data = await read_body(
+        exchange.receive,
+        exchange.headers,
+        max_bytes=caps.max_body_bytes,
+        timeout_s=services.settings.flow.body_timeout_s,
+    )
+    async with services.large_bodies.turn(len(data)):
+        return parse_body(data, schema, caps.max_sizes)
 
 
 def check_model(exchange: Exchange, services: Services, model: str) -> ModelCard:
@@ -98,15 +111,6 @@ def as_gateway_error(error: BaseException, services: Services, request_id: str) 
         return from_client_error(error)
     services.log.failure(error, request_id)
     return InternalError("the gateway failed on this request; its log says why")
-
-
-async def _body(exchange: Exchange, services: Services) -> bytes:
-    return await read_body(
-        exchange.receive,
-        exchange.headers,
-        max_bytes=services.settings.caps.max_body_bytes,
-        timeout_s=services.settings.flow.body_timeout_s,
-    )
 
 
 async def _answer(exchange: Exchange, services: Services, plan: Plan) -> None:

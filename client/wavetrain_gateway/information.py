@@ -8,11 +8,10 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from wavetrain_client import ChatPrompt
-from wavetrain_gateway.bodies import parse_body, read_body
 from wavetrain_gateway.engine_load import as_json
 from wavetrain_gateway.errors import InvalidRequest, NotFound, Unavailable
 from wavetrain_gateway.exchange import Exchange
-from wavetrain_gateway.generation import check_model
+from wavetrain_gateway.generation import check_model, take_body
 from wavetrain_gateway.messages import template_messages
 from wavetrain_gateway.schemas import DetokenizeRequest, TokenizeRequest
 from wavetrain_gateway.services import Services
@@ -41,7 +40,7 @@ async def get_model(exchange: Exchange, services: Services) -> None:
 
 async def tokenize(exchange: Exchange, services: Services) -> None:
     """POST /tokenize."""
-    body = parse_body(await _body(exchange, services), TokenizeRequest)
+    body = await take_body(exchange, services, TokenizeRequest)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("send either prompt or messages", param="prompt")
     model = _model_of(body.model, exchange, services)
@@ -74,7 +73,7 @@ async def tokenizer_info(exchange: Exchange, services: Services) -> None:
 
 async def detokenize(exchange: Exchange, services: Services) -> None:
     """POST /detokenize."""
-    body = parse_body(await _body(exchange, services), DetokenizeRequest)
+    body = await take_body(exchange, services, DetokenizeRequest)
     model = _model_of(body.model, exchange, services)
     timeout_s = exchange.timeout_s(services.settings.flow.total_timeout_s)
     text = await services.upstream.detokenize(model, body.tokens, timeout_s=timeout_s)
@@ -116,15 +115,6 @@ async def metrics(exchange: Exchange, services: Services) -> None:
 async def load(exchange: Exchange, services: Services) -> None:
     """GET /load: what the engines are busy with."""
     await exchange.answer_json(as_json(await services.loads.read()))
-
-
-async def _body(exchange: Exchange, services: Services) -> bytes:
-    return await read_body(
-        exchange.receive,
-        exchange.headers,
-        max_bytes=services.settings.caps.max_body_bytes,
-        timeout_s=services.settings.flow.body_timeout_s,
-    )
 
 
 def _model_of(name: str | None, exchange: Exchange, services: Services) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from wavetrain_gateway.errors import InvalidRequest
 
@@ -24,17 +24,19 @@ class TextPart(_Strict):
     type: Literal["text"]
     text: str
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_others(cls, value: Any) -> Any:
-        fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-        kind: object = fields.get("type")
+
+def _refuse_other_parts(value: object) -> Any:
+    """Once for all parts of a message: a call for each would be most of the work on them."""
+    for part in cast("list[Any]", value) if isinstance(value, list) else []:
+        kind: object = cast("dict[str, Any]", part).get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind not in _KNOWN_PARTS:
             raise ValueError(f"content parts of type {kind[:32]!r} are not supported: the models here take text only")
-        return cast("Any", value)
+    return cast("Any", value)
 
 
-Content: TypeAlias = str | Annotated[list[TextPart], Field(max_length=256)]
+Content: TypeAlias = (
+    str | Annotated[list[TextPart], Field(max_length=256, fail_fast=True), BeforeValidator(_refuse_other_parts)]
+)
 
 
 class SystemMessage(_Strict):

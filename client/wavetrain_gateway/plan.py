@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -286,7 +287,10 @@ def _salt(asked: str | None, caller: Caller) -> str | None:
 def _affinity(prompt: Prompt) -> str:
     if isinstance(prompt, ChatPrompt):
         return "\x1e".join(f"{item.get('role')}\x1f{item.get('content')}" for item in prompt.messages)[:_AFFINITY_CHARS]
-    return prompt[:_AFFINITY_CHARS] if isinstance(prompt, str) else " ".join(map(str, prompt[: _AFFINITY_CHARS // 4]))
+    if isinstance(prompt, str):
+        return prompt[:_AFFINITY_CHARS]
+    # Four characters for each token id, so a chunk of the prefix index is as many tokens as a block of the engine.
+    return array("i", prompt[: _AFFINITY_CHARS // 4]).tobytes().decode("latin-1")
 
 
 def _shown(prompt: Prompt) -> Any:

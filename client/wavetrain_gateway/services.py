@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wavetrain_gateway.admission import Admission
+from wavetrain_gateway.bodies import LargeBodies
 from wavetrain_gateway.engine_load import EngineLoads
 from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.lifecycle import Lifecycle
@@ -30,6 +31,7 @@ class Services:
     log: RequestLog
     tracer: Tracer
     loads: EngineLoads
+    large_bodies: LargeBodies
     allowed_hosts: frozenset[str] | None = None
 
     def note_end(self, exchange: Exchange) -> None:

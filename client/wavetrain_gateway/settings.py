@@ -51,7 +51,7 @@ class CapSettings(Section):
     """The most a request may ask for or bring along.
 
     Attributes:
-        max_body_bytes: of a body or a WebSocket frame; parsing holds the event loop, up to 20 ms for 1 MiB.
+        max_body_bytes: of a body or a WebSocket frame; parsing holds the event loop, up to 30 ms for 1 MiB.
         max_choices: `n`, and `best_of`.
         max_prompts: prompts in one completion request.
         max_sequences: prompts times choices.
@@ -71,6 +71,11 @@ class CapSettings(Section):
     max_top_logprobs: int = Field(default=20, ge=0, le=100)
     max_messages: _Count = 2048
     max_output_tokens: int = Field(default=131_072, ge=1, le=2**31 - 1)
+
+    @property
+    def max_sizes(self) -> dict[str, int]:
+        """Of lists whose elements are dear to check: what is looked at before they are."""
+        return {"messages": self.max_messages}
 
 
 class FlowSettings(Section):

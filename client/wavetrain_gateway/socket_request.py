@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wavetrain_gateway.answers import Answer
+from wavetrain_gateway.bodies import parse_json
 from wavetrain_gateway.errors import GatewayError, NotFound, RequestCancelled
 from wavetrain_gateway.exchange import Exchange
 from wavetrain_gateway.feed import Feed
@@ -180,7 +181,7 @@ class SocketRequest:
 def parse_frame(text: str) -> dict[str, Any] | None:
     """A frame's JSON object; None where it is none."""
     try:
-        value: object = json.loads(text)
+        value = parse_json(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None  # pyright: ignore[reportUnknownVariableType]

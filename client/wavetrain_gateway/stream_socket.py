@@ -156,11 +156,12 @@ class _Connection:
                 return
             name = ""
             try:
-                frame = parse_frame(text)
-                if frame is None:
-                    raise InvalidRequest("a frame must be the text of a JSON object", code="invalid_json")
-                name = str(frame.get("id", ""))[:128]
-                self._take(frame)
+                async with self._services.large_bodies.turn(len(text)):
+                    frame = parse_frame(text)
+                    if frame is None:
+                        raise InvalidRequest("a frame must be the text of a JSON object", code="invalid_json")
+                    name = str(frame.get("id", ""))[:128]
+                    self._take(frame)
             except GatewayError as error:
                 body = error.body("")["error"]
                 self._replies.append(json.dumps({"type": "error", "id": name, "event": None, "error": body}))
@@ -205,9 +206,9 @@ class _Connection:
             raise InvalidRequest("body must be what POST takes, a JSON object", param="body")
         fields: dict[str, Any] = {**body, "stream": True}
         if frame.get("api") == "completions":
-            return plan_completion(parse_object(fields, CompletionRequest), caps)
+            return plan_completion(parse_object(fields, CompletionRequest, caps.max_sizes), caps)
         if frame.get("api") == "chat":
-            return plan_chat(parse_object(fields, ChatRequest), caps)
+            return plan_chat(parse_object(fields, ChatRequest, caps.max_sizes), caps)
         raise InvalidRequest("api must be 'chat' or 'completions'", param="api")
 
     async def _write(self) -> None:
