@@ -2,11 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the gateway costs: server-sent events through it over direct gRPC streams, on the same server.
 
-    .venv/bin/python scripts/bench_gateway.py --streams 16 64 --tokens 64 --rounds 5
+    .venv/bin/python scripts/bench_gateway.py --streams 16 64 --tokens 128 --rounds 12
 
-Rounds alternate between the two ways and only one of them works at a time; server, gateway and client share the cores.
-Every stream must bring every token before its time counts. Then one request at a time, both ways in turn: what the
-gateway adds to an idle server's time to the first token. One JSON line.
+Only one way works at a time; server, gateway and client share the cores. A round is four runs, direct, gateway,
+gateway, direct, and the next one the other way about, so that a machine which slows down meanwhile slows both alike. A
+round's ratio is the time of its direct runs over that of its gateway runs; `ratio` is the median of all rounds,
+`ratio_quartiles` its spread, and `control` the same of a round's two direct runs: what noise alone makes. Every stream
+must bring every token before its time counts. Then one request at a time, both ways in turn: what the gateway adds to
+an idle server's time to the first token. One JSON line.
 """
 
 from __future__ import annotations
@@ -142,6 +145,28 @@ def started_gateway(target: Target) -> Iterator[tuple[int, int]]:
             gateway.terminate()
 
 
+def compare(direct: list[Round], through: list[Round]) -> dict[str, object]:
+    """What two runs of each way in every round say, in order."""
+    pairs = list(zip(_in_twos(direct), _in_twos(through), strict=True))
+    ratios = sorted(sum(item.seconds for item in one) / sum(item.seconds for item in other) for one, other in pairs)
+    control = sorted(first.seconds / second.seconds for first, second in _in_twos(direct))
+    num_tokens = sum(item.num_tokens for item in through)
+    return {
+        "direct_tokens_per_s": round(statistics.median(item.tokens_per_s for item in direct), 1),
+        "gateway_tokens_per_s": round(statistics.median(item.tokens_per_s for item in through), 1),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(percentile(ratios, percent), 3) for percent in (25, 75)],
+        "control": round(statistics.median(control), 3),
+        "control_quartiles": [round(percentile(control, percent), 3) for percent in (25, 75)],
+        "gateway_cpu_us_per_token": round(1e6 * sum(item.gateway_cpu_s for item in through) / num_tokens, 1),
+        "tokens_per_event": round(num_tokens / sum(item.num_events for item in through), 2),
+    }
+
+
+def _in_twos(rounds: list[Round]) -> list[tuple[Round, Round]]:
+    return list(zip(rounds[::2], rounds[1::2], strict=True))
+
+
 async def measure(ways: list[Way], args: argparse.Namespace) -> dict[str, object]:
     """Alternates between the ways, for each number of streams, then one request at a time."""
     prompts = make_prompts(max(args.streams), args.num_words)
@@ -151,21 +176,10 @@ async def measure(ways: list[Way], args: argparse.Namespace) -> dict[str, object
             await way.run(prompts[:num_streams], args.tokens)
         rounds: dict[str, list[Round]] = {way.name: [] for way in ways}
         for number in range(args.rounds):
-            for way in ways if number % 2 else reversed(ways):
+            first, second = ways if number % 2 else reversed(ways)
+            for way in (first, second, second, first):
                 rounds[way.name].append(await way.run(prompts[:num_streams], args.tokens))
-        speeds = {name: statistics.median(item.tokens_per_s for item in found) for name, found in rounds.items()}
-        through = rounds["gateway"]
-        num_tokens = sum(item.num_tokens for item in through)
-        results[f"{num_streams} streams"] = {
-            **{f"{name}_tokens_per_s": round(speed, 1) for name, speed in speeds.items()},
-            "ratio": round(speeds["gateway"] / speeds["direct"], 3),
-            "ratios": [
-                round(one.tokens_per_s / other.tokens_per_s, 3)
-                for one, other in zip(rounds["gateway"], rounds["direct"], strict=True)
-            ],
-            "gateway_cpu_us_per_token": round(1e6 * sum(item.gateway_cpu_s for item in through) / num_tokens, 1),
-            "tokens_per_event": round(num_tokens / sum(item.num_events for item in through), 2),
-        }
+        results[f"{num_streams} streams"] = compare(rounds["direct"], rounds["gateway"])
     idle: dict[str, list[float]] = {way.name: [] for way in ways}
     for number in range(args.idle_requests):
         for way in ways if number % 2 else reversed(ways):
@@ -181,7 +195,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--tokens", type=int, default=64, help="output tokens of each stream (%(default)s)")
     parser.add_argument("--num-words", type=int, default=32, help="words in a prompt (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each way (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="of two runs of each way (%(default)s)")
     parser.add_argument("--idle-requests", type=int, default=40)
     parser.add_argument("serve_flags", nargs="*", help="after --: flags for `wavetrain serve`")
     args = parser.parse_args()
