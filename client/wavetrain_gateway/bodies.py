@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 
 from wavetrain_gateway.errors import InvalidRequest, RequestTimeout, TooLarge, UnsupportedMedia
 
@@ -175,7 +175,8 @@ _ONLY_AS_FAR = {
 def _invalid(error: ValidationError, fields: Mapping[str, Any]) -> InvalidRequest:
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     # Of several forms that a field may have, what is said of ours is more to the point than what of text is.
-    first = next((item for item in errors[:_MAX_FIELDS] if item["type"] == "value_error"), errors[0])
+    # Else what got furthest: a list with a wrong element is told of its element, not that it is no text.
+    first = next((item for item in errors[:_MAX_FIELDS] if item["type"] == "value_error"), _furthest(errors))
     place = [str(part)[:_MAX_SHOWN_CHARS] for part in first["loc"]]
     name = place[0] if place else None
     if first["type"] == "missing" and len(place) == 1:
@@ -186,6 +187,16 @@ def _invalid(error: ValidationError, fields: Mapping[str, Any]) -> InvalidReques
     path = ".".join(place[:1] + [part for part in place[1:] if not _is_form(part)])
     message = " ".join(first["msg"].removeprefix("Value error, ").split())[:300]
     return InvalidRequest(f"{path}: {message}", param=path or name)
+
+
+def _furthest(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Of what is said of the first wrong value, by each form it may have, the error that lies deepest in it."""
+    place = errors[0]["loc"][:-1]
+    return max((item for item in errors[:_MAX_FIELDS] if item["loc"][: len(place)] == place), key=_depth_of)
+
+
+def _depth_of(error: ErrorDetails) -> int:
+    return len(error["loc"])
 
 
 def _is_form(part: str) -> bool:

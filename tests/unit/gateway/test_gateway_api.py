@@ -279,6 +279,11 @@ async def test_what_chats_are_refused():
             answer = await gateway.chat(parts)
             assert answer.status_code == 400
             assert "content parts of type 'image_url' are not supported" in answer.json()["error"]["message"]
+        for content, message in (
+            ([{"type": "text", "text": "x"}, {"type": "text"}], "messages.0.user.content.1.text: Field required"),
+            (5, "messages.0.user.content: Input should be a valid string"),
+        ):
+            assert (await gateway.chat(content)).json()["error"]["message"] == message
         assert gateway.generations == []
         neutral = {"tools": [{}], "tool_choice": "none", "response_format": {"type": "text"}, "store": False}
         assert (await gateway.chat(**neutral, user="u", service_tier="auto")).status_code == 200
