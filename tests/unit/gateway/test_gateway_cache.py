@@ -7,10 +7,13 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import fakeredis
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes.gateway import events, serve_gateway
+from wavetrain_gateway import redis_store
 from wavetrain_gateway.admission import Caller, OpenAdmission
 from wavetrain_gateway.response_cache import MemoryStore
 
@@ -109,6 +112,29 @@ async def test_a_store_that_fails_is_a_miss():
         answer = await gateway.complete(temperature=0)
         assert (answer.status_code, answer.headers["x-wavetrain-cache"]) == (200, "miss")
     assert [type(failure) for failure in failures] == [ConnectionError, asyncio.TimeoutError]
+
+
+async def test_gateways_share_their_answers_on_redis(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(redis_store, "Redis", fakeredis.FakeAsyncRedis)
+    cache = {**_CACHE, "redis_url": "redis://shared.test:6379/3"}
+    async with serve_gateway(cache=cache) as one, serve_gateway(cache=cache) as other:
+        first, again = await one.complete(temperature=0), await other.complete(temperature=0)
+        assert (first.headers["x-wavetrain-cache"], again.headers["x-wavetrain-cache"]) == ("miss", "hit")
+        assert first.json()["choices"] == again.json()["choices"]
+        assert other.generations == []
+    store = redis_store.RedisStore(cache["redis_url"], ttl_s=0.05)
+    await store.set("k", b"v")
+    assert await store.get("k") == b"v"
+    while await store.get("k") is not None:
+        await asyncio.sleep(0.01)
+    await store.close()
+
+
+async def test_a_redis_that_is_gone_is_a_miss():
+    async with serve_gateway(cache={**_CACHE, "redis_url": "redis://127.0.0.1:1"}) as gateway:
+        for _ in range(2):
+            answer = await gateway.complete(temperature=0)
+            assert (answer.status_code, answer.headers["x-wavetrain-cache"]) == (200, "miss")
 
 
 async def test_answers_expire():
