@@ -70,7 +70,8 @@ def gateway(triton_server: RunningServer) -> Iterator[Gateway]:
 def direct(server: RunningServer, **sampling: object) -> str:
     """The same text from the server itself."""
     body = {"text_input": PROMPT, "stream": False, "sampling_parameters": json.dumps(sampling)}
-    answer = httpx.post(f"{server.http_url}/v2/models/llm/generate", json=body | {"exclude_input_in_output": True})
+    body["exclude_input_in_output"] = True
+    answer = httpx.post(f"{server.http_url}/v2/models/llm/generate", json=body, timeout=60)
     return answer.json()["text_output"]
 
 
