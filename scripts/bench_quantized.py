@@ -104,8 +104,8 @@ class Case:
         with program.record():
             for layer in layers:
                 self._layer(x, layer)
-        token_ids, positions, metadata = _step(num_rows)
-        return lambda: _seconds(lambda: program.run(token_ids, positions, metadata)) / len(layers)
+        token_ids, positions, metadata = step_of(num_rows)
+        return lambda: seconds_of(lambda: program.run(token_ids, positions, metadata)) / len(layers)
 
     def _layer(self, x: Tensor, layer: list[PackedWeight]) -> None:
         wide = ops.linear(x, layer[0])
@@ -164,18 +164,19 @@ def _measure(shape: str, cases: list[Case], num_rows: int, rounds: int, memory: 
             "rows": num_rows,
             "scheme": case.name,
             "layers": len(case.layers),
-            "ms": _spread([second * 1e3 for second in taken]),
+            "ms": spread([second * 1e3 for second in taken]),
             "gb_per_s": round(case.bytes_per_layer / seconds / 1e9, 1),
             "of_read": round(case.bytes_per_layer / seconds / 1e9 / read, 2),
             "read_gb_per_s": round(read, 1),
             "gflop_per_s": round(2 * case.products_per_row * num_rows / seconds / 1e9, 1),
-            "over_bf16": _spread(ratios),
+            "over_bf16": spread(ratios),
             "rounds": rounds,
         }
         print(json.dumps({**line, **where_measured(), "threads": torch.get_num_threads()}), flush=True)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Returns the median, and the 10th and 90th percentile."""
     return {
         "median": round(statistics.median(values), 3),
         "low": round(percentile(values, 10), 3),
@@ -201,13 +202,15 @@ def _bytes(weight: PackedWeight) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def _step(num_rows: int) -> tuple[Tensor, Tensor, AttentionMetadata]:
+def step_of(num_rows: int) -> tuple[Tensor, Tensor, AttentionMetadata]:
+    """Returns what a program is run with, of layers that attend to nothing: token ids, positions, metadata."""
     places = torch.arange(num_rows)
     tables = torch.zeros(1, 1, dtype=torch.int32)
     return places, places, AttentionMetadata.build([num_rows], [num_rows], tables, places)
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Returns how long a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

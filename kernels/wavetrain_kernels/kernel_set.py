@@ -53,8 +53,12 @@ class KernelSet:
         quantized_inputs: norms, gates and projections with 8-bit rows between them; None: there are none
         empty_experts: (num_experts, out_features, in_features, is_gated, dtype, device) -> the data of PackedExperts
         pack_expert: (packed, expert, weight, is_gated)
+        empty_quantized_experts: (num_experts, like, dtype, is_gated) -> the data of PackedExperts for inputs of
+            `dtype`; None where these kernels have no form for weights like that one
+        pack_quantized_expert: (packed, expert, weight)
         route_experts: (weights_out, expert_ids_out, logits, renormalize)
-        fused_moe: (out, x, gate_up, down, weights, expert_ids, num_units, activation)
+        fused_moe: (out, x, gate_up, down, weights, expert_ids, num_units, activation); each projection's data is of
+            either kind
         sort_by_adapter: (sorted_tokens_out, slot_starts_out, token_slots)
         num_lora_parts: (num_tokens, in_features) -> partial sums that `lora_shrink` leaves
         lora_shrink: (parts_out, x, adapters, batch)
@@ -95,8 +99,10 @@ class KernelSet:
     quantized_inputs: QuantizedInputKernels | None = None
     empty_experts: Callable[[int, int, int, bool, torch.dtype, torch.device], Tensor]
     pack_expert: Callable[[Tensor, int, Tensor, bool], None]
+    empty_quantized_experts: Callable[[int, QuantizedWeight, torch.dtype, bool], Any | None]
+    pack_quantized_expert: Callable[[Any, int, QuantizedWeight], None]
     route_experts: Callable[[Tensor, Tensor, Tensor, bool], None]
-    fused_moe: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, str], None]
+    fused_moe: Callable[[Tensor, Tensor, Any, Any, Tensor, Tensor, int, str], None]
     apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     filter_thresholds: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], None]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]

@@ -10,7 +10,7 @@ format, and formats whose minimum is no multiple of the scale (GGUF's K quants) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -101,6 +101,22 @@ class QuantizedWeight:
     def device(self) -> torch.device:
         """Where its tensors are."""
         return self.values.device
+
+    @property
+    def num_bytes(self) -> int:
+        """That its tensors take."""
+        tensors = (self.values, self.scales, self.offsets, self.codebook, self.column_order, self.input_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def is_alike(scheme: QuantizationScheme, other: QuantizationScheme) -> bool:
+    """Whether weights of both may be experts of one projection: equal, but for what a single one may have or lack.
+
+    That is offsets, and an order of its inputs: files leave out those that change nothing.
+    """
+    return replace(scheme, has_offsets=False, is_reordered=False) == replace(
+        other, has_offsets=False, is_reordered=False
+    )
 
 
 def can_stack(weights: Sequence[QuantizedWeight]) -> bool:

@@ -127,5 +127,4 @@ def _packed_bytes(packed: PackedWeight, part: Tensor | QuantizedWeight) -> int:
     """Bytes of a packed weight, whose kernels may have kept it as it is, or made it a plain one."""
     if packed.scheme is None or not isinstance(part, QuantizedWeight):
         return packed.out_features * packed.in_features * packed.dtype.itemsize
-    tensors = (part.values, part.scales, part.offsets, part.codebook, part.column_order, part.input_scale)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return part.num_bytes

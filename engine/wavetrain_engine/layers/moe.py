@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from wavetrain_engine.layers.activation import GATED_ACTIVATIONS
 from wavetrain_engine.layers.linear import Linear
 from wavetrain_engine.layers.parameter import PackedModule, empty_parameter
 from wavetrain_kernels import ops
+from wavetrain_kernels.ops import QuantizedWeight
+from wavetrain_kernels.quantized_weight import can_stack, stack
 
 # T = tokens of the step, H = hidden size, E = experts.
 
@@ -38,7 +40,7 @@ class Router(Linear):
 
 
 class ExpertStack:
-    """One projection of all experts, packed side by side. Memory comes with the model's, content expert by expert."""
+    """One projection of all experts, packed expert by expert. The first says whether they are quantized, and how."""
 
     packed: ops.PackedExperts
 
@@ -48,10 +50,23 @@ class ExpertStack:
         self._sizes = (num_experts, out_features, in_features)
         self._is_gated = is_gated
         self._dtype = dtype
+        self._is_empty = True
 
-    def allocate(self, device: torch.device) -> None:
-        """Takes the memory."""
-        self.packed = ops.empty_experts(*self._sizes, dtype=self._dtype, device=device, is_gated=self._is_gated)
+    def put(self, expert: int, weight: Tensor | QuantizedWeight) -> None:
+        """Packs the weight of one expert.
+
+        Raises:
+            DtypeError: it is not quantized as the first one was.
+        """
+        if self._is_empty:
+            self.packed = self._place(weight)
+            self._is_empty = False
+        ops.pack_expert(self.packed, expert, weight)
+
+    def _place(self, weight: Tensor | QuantizedWeight) -> ops.PackedExperts:
+        if isinstance(weight, QuantizedWeight):
+            return ops.empty_quantized_experts(self._sizes[0], weight, dtype=self._dtype, is_gated=self._is_gated)
+        return ops.empty_experts(*self._sizes, dtype=self._dtype, device=weight.device, is_gated=self._is_gated)
 
 
 class ExpertProjection(PackedModule):
@@ -67,13 +82,37 @@ class ExpertProjection(PackedModule):
         super().__init__()
         self.weight = empty_parameter(sum(parts.values()), in_features, dtype=dtype)
         self.parts = dict(parts)
-        self._stack = stack
+        self.stack = stack
         self._expert = expert
 
     def pack(self) -> Tensor:
-        ops.pack_expert(self._stack.packed, self._expert, self.weight.data)
+        loaded = self.weight.data
+        self.stack.put(self._expert, loaded)
         del self.weight
-        return self._stack.packed.data
+        return self.stack.packed.data
+
+    def pack_parts(self, parts: Sequence[Tensor | QuantizedWeight]) -> int:
+        """Takes the weight as it is quantized, in parts by rows, instead of `pack`.
+
+        Parts of different schemes, and one that is not quantized, make the weight one that is not.
+
+        Returns:
+            Bytes that it takes.
+
+        Raises:
+            DtypeError: it is not quantized as the first expert's was.
+        """
+        dtype, quantized = self.weight.dtype, [part for part in parts if isinstance(part, QuantizedWeight)]
+        del self.weight
+        if len(quantized) == len(parts) and can_stack(quantized):
+            whole = stack(quantized)
+        else:
+            whole = torch.cat([part if isinstance(part, Tensor) else ops.dequantize(part).to(dtype) for part in parts])
+        self.stack.put(self._expert, whole)
+        if isinstance(whole, QuantizedWeight) and self.stack.packed.scheme is not None:
+            return whole.num_bytes
+        packed = self.stack.packed
+        return packed.out_features * packed.in_features * packed.dtype.itemsize
 
 
 class Expert(nn.Module):
@@ -116,11 +155,6 @@ class MixtureOfExperts(nn.Module):
         self._top_k = top_k
         self._is_renormalized = is_renormalized
         self._activation: ops.GatedActivation = GATED_ACTIVATIONS[hidden_act]
-
-    def allocate(self, device: torch.device) -> None:
-        """Takes the memory of all experts."""
-        self.gate_up.allocate(device)
-        self.down.allocate(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the weighted sum of what each token's experts make of it."""

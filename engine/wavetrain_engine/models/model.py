@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from wavetrain_engine.layers.attention import KVCache, KVCacheSpec
 from wavetrain_engine.layers.embedding import Embedding, TiedEmbedding
 from wavetrain_engine.layers.linear import OutputHead
-from wavetrain_engine.layers.moe import MixtureOfExperts
 from wavetrain_engine.layers.parameter import allocate_parameters
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.model_config import ModelConfig
@@ -47,10 +46,13 @@ class Model(nn.Module):
         )
 
     def allocate(self) -> None:
-        """Gives every weight uninitialised memory on the model's device, and computes the rotary table."""
+        """Gives weights uninitialised memory on the model's device, and computes the rotary table.
+
+        What kernels pack, experts among it, gets its memory where it is loaded.
+        """
         allocate_parameters(self, self.device)
         for module in self.modules():
-            if isinstance(module, (RotaryEmbedding, MixtureOfExperts)):
+            if isinstance(module, RotaryEmbedding):
                 module.allocate(self.device)
 
     def forward(

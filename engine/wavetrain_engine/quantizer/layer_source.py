@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wavetrain_engine.layers.moe import MixtureOfExperts
 from wavetrain_engine.layers.parameter import allocate_parameters
 from wavetrain_engine.layers.rotary import RotaryEmbedding
 from wavetrain_engine.models.model import Model
@@ -78,9 +77,6 @@ class LayerSource:
         """Returns a layer that computes with these tensors, rounded to the checkpoint's dtype."""
         layer = copy.deepcopy(self._layers[index], {id(self._rotary): self._rotary})
         allocate_parameters(layer, _CPU)
-        for module in layer.modules():
-            if isinstance(module, MixtureOfExperts):
-                module.allocate(_CPU)
         _fill(layer, {f"model.{name}": tensor for name, tensor in tensors.items()})
         return layer
 

@@ -5,7 +5,8 @@ Order matters: every name, shape and dtype is compared before any memory is aske
 config.json nor a header can make us allocate more than the files really hold. Then each tensor is read once, into its
 place (its rows of a merged projection), converted on the way: module by module, as one that kernels want packed is
 packed when its last tensor is there. So there is never more in memory than the weights and one module. Quantized
-weights stay as they are, but for experts and embeddings, whose kernels want numbers.
+weights stay as they are, but for embeddings, whose kernels want numbers, and for experts of one projection that are
+quantized in different ways.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from wavetrain_engine.errors import CheckpointError
 from wavetrain_engine.layers.linear import Linear
+from wavetrain_engine.layers.moe import ExpertProjection, ExpertStack
 from wavetrain_engine.layers.parameter import PackedModule
 from wavetrain_engine.models.model import Model
 from wavetrain_engine.models.model_config import ModelConfig
 from wavetrain_engine.tensor_entry import TensorEntry
-from wavetrain_engine.weights.checkpoint import Checkpoint
+from wavetrain_engine.weights.checkpoint import Checkpoint, first_few
 from wavetrain_engine.weights.expert_stacks import unstack_experts
 from wavetrain_engine.weights.name_map import EMBEDDING, OUTPUT_HEAD, Target, name_map
 from wavetrain_engine.weights.stored_weight import StoredTensor, StoredWeight
 from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
 from wavetrain_engine.weights.weight_plan import describe_plan, plan_weights
+from wavetrain_kernels.errors import DtypeError
 from wavetrain_kernels.ops import QuantizedWeight
 
 _LOG = logging.getLogger(__name__)
@@ -96,15 +100,21 @@ class _Loading:
         self._reader = reader
         self._scratch = scratch
         self._count = count
+        self._mixed = _mixed_stacks(targets, weights)
         self._num_separate = 0
         self._num_widened = 0
+        self._widened_stacks: set[ExpertStack] = set()
 
     def fill(self, module: nn.Module, names: list[str]) -> int:
         """Reads what a module wants; returns the bytes of memory it takes."""
         is_quantized = any(self._weights[name].scheme is not None for name in names)
-        if isinstance(module, Linear) and is_quantized:
-            return self._fill_quantized(module, names)
-        self._num_widened += is_quantized
+        if is_quantized:
+            if _is_held_quantized(module, self._mixed):
+                return self._fill_quantized(module, names)
+            if isinstance(module, ExpertProjection):
+                self._widened_stacks.add(module.stack)
+            else:
+                self._num_widened += 1
         num_bytes = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
         with filling(module, self._scratch):
             for name in names:
@@ -120,9 +130,15 @@ class _Loading:
                 self._num_separate,
             )
         if self._num_widened:
-            _LOG.warning("%d quantized modules are held unquantized: experts, and embeddings", self._num_widened)
+            _LOG.warning("%d quantized embeddings are held unquantized", self._num_widened)
+        if self._widened_stacks:
+            _LOG.warning(
+                "the experts of %d projections are held unquantized: they are quantized in different ways, or in one "
+                "that kernels have no form for",
+                len(self._widened_stacks),
+            )
 
-    def _fill_quantized(self, module: Linear, names: list[str]) -> int:
+    def _fill_quantized(self, module: Linear | ExpertProjection, names: list[str]) -> int:
         parts: list[tuple[int, Tensor | QuantizedWeight]] = []
         num_bytes = 0
         for name in names:
@@ -134,11 +150,21 @@ class _Loading:
                 num_bytes += target.memory().nbytes
             self._count.add(stored.num_bytes)
         parts.sort(key=lambda part: part[0])
-        num_bytes += module.pack_parts([part for _, part in parts])
-        self._num_separate += module.is_separate
+        try:
+            num_bytes += module.pack_parts([part for _, part in parts])
+        except DtypeError as error:
+            raise CheckpointError(
+                f"{first_few(names)}: not quantized as the first expert of this projection is: {error}"
+            ) from error
+        if isinstance(module, Linear):
+            self._num_separate += module.is_separate
+        elif module.stack.packed.scheme is None:
+            self._widened_stacks.add(module.stack)
         return num_bytes
 
-    def _read_part(self, stored: StoredWeight, target: Target, module: Linear) -> Tensor | QuantizedWeight:
+    def _read_part(
+        self, stored: StoredWeight, target: Target, module: Linear | ExpertProjection
+    ) -> Tensor | QuantizedWeight:
         weight = stored.read_quantized(self._reader)
         if weight is not None:
             return weight
@@ -172,12 +198,26 @@ def memory_needed(weight_bytes: int, max_model_len: int) -> Generator[None]:
 
 def _expected_bytes(targets: Mapping[str, Target], weights: Mapping[str, StoredWeight]) -> int:
     """Returns what the weights take, quantized ones as many bytes as in the files."""
+    mixed = _mixed_stacks(targets, weights)
     return sum(
         weights[name].num_bytes
-        if weights[name].scheme is not None and isinstance(target.module, Linear)
+        if weights[name].scheme is not None and _is_held_quantized(target.module, mixed)
         else math.prod(target.shape) * getattr(target.module, target.attribute).dtype.itemsize
         for name, target in targets.items()
     )
+
+
+def _mixed_stacks(targets: Mapping[str, Target], weights: Mapping[str, StoredWeight]) -> set[ExpertStack]:
+    """Returns the projections of experts that are not all stored in one format."""
+    schemes: dict[ExpertStack, set[str | None]] = {}
+    for name, target in targets.items():
+        if isinstance(target.module, ExpertProjection):
+            schemes.setdefault(target.module.stack, set()).add(weights[name].scheme)
+    return {stack for stack, found in schemes.items() if len(found) > 1}
+
+
+def _is_held_quantized(module: nn.Module, mixed: set[ExpertStack]) -> TypeGuard[Linear | ExpertProjection]:
+    return isinstance(module, Linear) or (isinstance(module, ExpertProjection) and module.stack not in mixed)
 
 
 def _by_module(targets: Mapping[str, Target], weights: Mapping[str, StoredWeight]) -> dict[nn.Module, list[str]]:

@@ -64,8 +64,8 @@ def kernels_of(path: Path) -> KernelSet:
     """
     library = Library(path)
     linear, norm, sampling = LinearKernels(library), NormKernels(library), SamplingKernels(library)
-    embedding, moe = EmbeddingKernels(library), MoeKernels(library)
-    quantized = QuantizedLinearKernels(library)
+    embedding, quantized = EmbeddingKernels(library), QuantizedLinearKernels(library)
+    moe = MoeKernels(library, quantized)
     return dataclasses.replace(
         REFERENCE,
         name="cpu",
@@ -85,6 +85,8 @@ def kernels_of(path: Path) -> KernelSet:
         quantized_gated_linear=quantized.quantized_gated_linear,
         empty_experts=moe.empty_experts,
         pack_expert=moe.pack_expert,
+        empty_quantized_experts=moe.empty_quantized_experts,
+        pack_quantized_expert=moe.pack_quantized_expert,
         route_experts=moe.route_experts,
         fused_moe=moe.fused_moe,
         paged_attention=AttentionKernels(library).paged_attention,

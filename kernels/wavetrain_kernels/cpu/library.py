@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "quantized_linear": (*[_POINTER] * 9, *[_INT64] * 3, _INT, _INT),
     "route_experts": (*[_POINTER] * 3, *[_INT64] * 3, _INT),
     "fused_moe": (*[_POINTER] * 7, *[_INT64] * 6, _INT),
+    "quantized_moe": (*[_POINTER] * 7, *[_INT64] * 6, _INT),
     "paged_attention": (*[_POINTER] * 6, _INT, *[_POINTER] * 4, *[_INT64] * 10, _FLOAT, _FLOAT),
     "rms_norm": (*[_POINTER] * 5, *[_INT64] * 5, _FLOAT, _FLOAT, _INT),
     "rotate_and_cache": (

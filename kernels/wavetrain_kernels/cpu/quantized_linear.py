@@ -24,7 +24,7 @@ _SEGMENT = 16
 _MOST_INT_INPUTS = 66_000
 
 
-class _Format(ctypes.Structure):
+class Format(ctypes.Structure):
     """`QuantizedFormat` of source/quantized_format.h."""
 
     _fields_ = (
@@ -41,10 +41,10 @@ class _Format(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Packed:
+class PackedPanels:
     """A quantized weight in panels, and what is needed beside them. Rows of bfloat16 are multiplied with it."""
 
-    format: _Format
+    format: Format
     panels: Tensor
     codebook: Tensor | None
     order: Tensor | None
@@ -60,11 +60,11 @@ class QuantizedLinearKernels:
 
     def pack_quantized(
         self, weight: QuantizedWeight, dtype: torch.dtype, is_gated: bool
-    ) -> QuantizedWeight | _Packed | None:
+    ) -> QuantizedWeight | PackedPanels | None:
         """Returns the weight in panels, in memory of its own; None where there are no kernels for it."""
         if dtype != torch.bfloat16:
             return reference.pack_quantized(weight, dtype, is_gated)
-        if not _is_supported(weight):
+        if not is_supported(weight):
             return None
         fmt, scales, offsets = _format_of(weight, is_gated)
         packed = self._memory.empty(self._library.quantized_bytes(ctypes.byref(fmt)), torch.uint8)
@@ -74,13 +74,15 @@ class QuantizedLinearKernels:
             ctypes.byref(fmt),
             values.data_ptr(),
             scales.data_ptr(),
-            _address(offsets),
+            address(offsets),
             weight.scheme.block_rows,
         )
         order = None if weight.column_order is None else weight.column_order.to(torch.int32)
-        return _Packed(fmt, packed, weight.codebook, order, weight.input_scale)
+        return PackedPanels(fmt, packed, weight.codebook, order, weight.input_scale)
 
-    def quantized_linear(self, out: Tensor, x: Tensor, packed: QuantizedWeight | _Packed, bias: Tensor | None) -> None:
+    def quantized_linear(
+        self, out: Tensor, x: Tensor, packed: QuantizedWeight | PackedPanels, bias: Tensor | None
+    ) -> None:
         """out [M, N] = x [M, K] times the weight transposed, plus bias [N]; out is bfloat16 or float32."""
         if isinstance(packed, QuantizedWeight):
             reference.quantized_linear(out, x, packed, bias)
@@ -88,7 +90,7 @@ class QuantizedLinearKernels:
             self._run(out, x, packed, bias, 0)
 
     def quantized_gated_linear(
-        self, out: Tensor, x: Tensor, packed: QuantizedWeight | _Packed, bias: Tensor | None, activation: str
+        self, out: Tensor, x: Tensor, packed: QuantizedWeight | PackedPanels, bias: Tensor | None, activation: str
     ) -> None:
         """out [M, N / 2] = act(first half of the outputs) times the second half."""
         if isinstance(packed, QuantizedWeight):
@@ -96,7 +98,7 @@ class QuantizedLinearKernels:
         else:
             self._run(out, x, packed, bias, _ACTIVATIONS[activation])
 
-    def _run(self, out: Tensor, x: Tensor, packed: _Packed, bias: Tensor | None, activation: int) -> None:
+    def _run(self, out: Tensor, x: Tensor, packed: PackedPanels, bias: Tensor | None, activation: int) -> None:
         num_rows = x.shape[0]
         if not num_rows:
             return
@@ -106,12 +108,12 @@ class QuantizedLinearKernels:
             out.data_ptr(),
             x.data_ptr(),
             packed.panels.data_ptr(),
-            _address(bias),
+            address(bias),
             library.scratch(library.quantized_workspace(fmt, num_rows)),
             fmt,
-            _address(packed.codebook),
-            _address(packed.order),
-            _address(packed.input_scale),
+            address(packed.codebook),
+            address(packed.order),
+            address(packed.input_scale),
             out.stride(0),
             x.stride(0),
             num_rows,
@@ -120,7 +122,8 @@ class QuantizedLinearKernels:
         )
 
 
-def _is_supported(weight: QuantizedWeight) -> bool:
+def is_supported(weight: QuantizedWeight) -> bool:
+    """Whether there are kernels for the weight."""
     scheme, num_inputs = weight.scheme, weight.in_features
     group = _group_size(scheme, num_inputs)
     if group < num_inputs and group % _SEGMENT:
@@ -141,7 +144,7 @@ def _group_size(scheme: QuantizationScheme, num_inputs: int) -> int:
     return min(size, num_inputs)
 
 
-def _format_of(weight: QuantizedWeight, is_gated: bool) -> tuple[_Format, Tensor, Tensor | None]:
+def _format_of(weight: QuantizedWeight, is_gated: bool) -> tuple[Format, Tensor, Tensor | None]:
     """Returns how the weight is packed, and its scales and offsets for each group of that."""
     scheme, num_inputs = weight.scheme, weight.in_features
     group = _group_size(scheme, num_inputs)
@@ -149,7 +152,7 @@ def _format_of(weight: QuantizedWeight, is_gated: bool) -> tuple[_Format, Tensor
     scales = weight.scales[:, columns].contiguous()
     offsets = None if weight.offsets is None else weight.offsets[:, columns].contiguous()
     has_int_inputs = scheme.inputs == "int8"
-    fmt = _Format(
+    fmt = Format(
         n=weight.out_features,
         k=num_inputs,
         group_size=group,
@@ -163,5 +166,6 @@ def _format_of(weight: QuantizedWeight, is_gated: bool) -> tuple[_Format, Tensor
     return fmt, scales, offsets
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Returns where a tensor's elements are; None: there is none."""
     return None if tensor is None else tensor.data_ptr()

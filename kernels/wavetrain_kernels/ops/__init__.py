@@ -9,7 +9,7 @@ from wavetrain_kernels.ops.embedding import embedding
 from wavetrain_kernels.ops.kv_cache import allocate_kv_cache
 from wavetrain_kernels.ops.linear import GatedActivation, gated_linear, linear, pack_quantized, pack_weight
 from wavetrain_kernels.ops.lora import lora_expand, lora_shrink, sort_by_adapter
-from wavetrain_kernels.ops.moe import empty_experts, fused_moe, pack_expert, route_experts
+from wavetrain_kernels.ops.moe import empty_experts, empty_quantized_experts, fused_moe, pack_expert, route_experts
 from wavetrain_kernels.ops.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.ops.rotary import rotate_and_cache
 from wavetrain_kernels.ops.rows import select_rows
@@ -49,6 +49,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "empty_experts",
+    "empty_quantized_experts",
     "filter_thresholds",
     "fused_moe",
     "gated_linear",

@@ -68,7 +68,7 @@ def pack_quantized(weight: QuantizedWeight, *, dtype: torch.dtype, is_gated: boo
     kernels = implementation(weight.device)
     data = kernels.pack_quantized(weight, dtype, is_gated)
     if data is None:
-        _say_widened(kernels.name, weight.scheme)
+        say_widened(kernels.name, weight.scheme)
         return pack_weight(dequantize(weight).to(dtype), is_gated=is_gated)
     return PackedWeight(
         data=data,
@@ -81,7 +81,8 @@ def pack_quantized(weight: QuantizedWeight, *, dtype: torch.dtype, is_gated: boo
 
 
 @functools.cache
-def _say_widened(kernels: str, scheme: QuantizationScheme) -> None:
+def say_widened(kernels: str, scheme: QuantizationScheme) -> None:
+    """Says once that a kernel set holds weights of a scheme unquantized."""
     _LOG.warning("the %s kernels have no form for weights of %s: they are held unquantized", kernels, scheme)
 
 

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.ops.dispatch import implementation
-from wavetrain_kernels.ops.linear import GatedActivation
+from wavetrain_kernels.ops.linear import GatedActivation, say_widened
 from wavetrain_kernels.packed_experts import PackedExperts
+from wavetrain_kernels.quantized_weight import QuantizedWeight, is_alike
+from wavetrain_kernels.reference.quantized_linear import dequantize
 
 # T = tokens, E = experts, k = experts of a token, H = hidden size, I = units of an expert.
 
@@ -42,6 +44,7 @@ def empty_experts(
     make = implementation(device).empty_experts
     return PackedExperts(
         data=make(num_experts, out_features, in_features, is_gated, dtype, device),
+        device=device,
         num_experts=num_experts,
         out_features=out_features,
         in_features=in_features,
@@ -50,20 +53,82 @@ def empty_experts(
     )
 
 
-def pack_expert(experts: PackedExperts, expert: int, weight: Tensor) -> None:
+def empty_quantized_experts(
+    num_experts: int, like: QuantizedWeight, *, dtype: torch.dtype, is_gated: bool = False
+) -> PackedExperts:
+    """Returns a place for one projection of each of E experts, all quantized as `like` is; `pack_expert` fills it.
+
+    Where the kernels have no form for such weights, experts are held as weights of `dtype`, which the log says once.
+
+    Args:
+        like: a weight [out, in], of which nothing is kept.
+        dtype: of the inputs.
+        is_gated: of each weight, rows [0, out / 2) are gates of rows [out / 2, out).
+
+    Raises:
+        ShapeError: their number is not positive, or the projection is gated and `out` is odd.
+        DtypeError: `dtype` is not floating point.
+    """
+    sizes = (num_experts, like.out_features, like.in_features)
+    if num_experts < 1 or (is_gated and like.out_features % 2):
+        raise ShapeError(
+            f"experts must be positive in number, gated ones even in size, got {num_experts} of {sizes[1:]}"
+        )
+    if not dtype.is_floating_point:
+        raise DtypeError(f"inputs must be floating point, got {dtype}")
+    kernels = implementation(like.device)
+    data = kernels.empty_quantized_experts(num_experts, like, dtype, is_gated)
+    if data is None:
+        say_widened(kernels.name, like.scheme)
+        return empty_experts(*sizes, dtype=dtype, device=like.device, is_gated=is_gated)
+    return PackedExperts(
+        data=data,
+        device=like.device,
+        num_experts=num_experts,
+        out_features=like.out_features,
+        in_features=like.in_features,
+        dtype=dtype,
+        is_gated=is_gated,
+        scheme=like.scheme,
+        codebook=like.codebook,
+    )
+
+
+def pack_expert(experts: PackedExperts, expert: int, weight: Tensor | QuantizedWeight) -> None:
     """Puts the weight [out, in] of one expert in its place; `weight` can be dropped afterwards.
+
+    A quantized weight for experts that are held unquantized is dequantized.
 
     Raises:
         ShapeError: there is no such expert, or the weight is not [out, in].
-        DtypeError: the weight is of another dtype.
+        DtypeError: the weight is of another dtype, or is not quantized as the other experts are.
     """
     if not 0 <= expert < experts.num_experts:
         raise ShapeError(f"expert must be from 0 to {experts.num_experts - 1}, got {expert}")
-    if tuple(weight.shape) != (experts.out_features, experts.in_features):
-        raise ShapeError(f"weight must be [{experts.out_features}, {experts.in_features}], got {list(weight.shape)}")
-    if weight.dtype != experts.dtype:
-        raise DtypeError(f"weight must be {experts.dtype} as the experts, got {weight.dtype}")
-    implementation(experts.data.device).pack_expert(experts.data, expert, weight, experts.is_gated)
+    kernels = implementation(experts.device)
+    is_quantized = isinstance(weight, QuantizedWeight)
+    shape = (weight.out_features, weight.in_features) if is_quantized else tuple(weight.shape)
+    if shape != (experts.out_features, experts.in_features):
+        raise ShapeError(f"weight must be [{experts.out_features}, {experts.in_features}], got {list(shape)}")
+    if experts.scheme is not None:
+        kernels.pack_quantized_expert(experts.data, expert, _checked(weight, experts))
+        return
+    dense = dequantize(weight).to(experts.dtype) if is_quantized else weight
+    if dense.dtype != experts.dtype:
+        raise DtypeError(f"weight must be {experts.dtype} as the experts, got {dense.dtype}")
+    kernels.pack_expert(experts.data, expert, dense, experts.is_gated)
+
+
+def _checked(weight: Tensor | QuantizedWeight, experts: PackedExperts) -> QuantizedWeight:
+    assert experts.scheme is not None, "the experts are quantized"
+    if not isinstance(weight, QuantizedWeight):
+        raise DtypeError(f"weight must be quantized as the experts, of {experts.scheme}")
+    if not is_alike(weight.scheme, experts.scheme):
+        raise DtypeError(f"weight must be of {experts.scheme} as the experts, got {weight.scheme}")
+    codebook = weight.codebook
+    if experts.codebook is not None and (codebook is None or not torch.equal(experts.codebook, codebook)):
+        raise DtypeError("weight must have the codebook of the other experts")
+    return weight
 
 
 def route_experts(router_logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -108,8 +173,8 @@ def fused_moe(
 
     Args:
         x: [T, H].
-        gate_up: E gated projections [2 * I, H].
-        down: E projections [H, I].
+        gate_up: E gated projections [2 * I, H], quantized or not.
+        down: E projections [H, I], likewise.
         weights, expert_ids: as `route_experts` returns them. An id outside [0, E) adds nothing.
         activation: `silu`, or `gelu_tanh`: gelu's tanh approximation.
 

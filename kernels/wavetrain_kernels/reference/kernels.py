@@ -16,7 +16,14 @@ from wavetrain_kernels.reference.embedding import embedding
 from wavetrain_kernels.reference.gumbel import sample
 from wavetrain_kernels.reference.linear import gated_linear, linear, pack_weight
 from wavetrain_kernels.reference.lora import lora_expand, lora_shrink, num_lora_parts, sort_by_adapter
-from wavetrain_kernels.reference.moe import empty_experts, fused_moe, pack_expert, route_experts
+from wavetrain_kernels.reference.moe import (
+    empty_experts,
+    empty_quantized_experts,
+    fused_moe,
+    pack_expert,
+    pack_quantized_expert,
+    route_experts,
+)
 from wavetrain_kernels.reference.norm import add_rms_norm, rms_norm
 from wavetrain_kernels.reference.quantized_linear import pack_quantized, quantized_gated_linear, quantized_linear
 from wavetrain_kernels.reference.rotary import rotate_and_cache
@@ -60,6 +67,8 @@ REFERENCE = KernelSet(
     quantized_gated_linear=quantized_gated_linear,
     empty_experts=empty_experts,
     pack_expert=pack_expert,
+    empty_quantized_experts=empty_quantized_experts,
+    pack_quantized_expert=pack_quantized_expert,
     route_experts=route_experts,
     fused_moe=fused_moe,
     apply_penalties=apply_penalties,

@@ -10,6 +10,7 @@
 #include "norm.h"
 #include "program.h"
 #include "quantized_linear.h"
+#include "quantized_moe.h"
 #include "rotary.h"
 #include "sampling.h"
 
@@ -84,6 +85,14 @@ void wavetrain_fused_moe(bf16* out, const bf16* x, const bf16* gate_up, const bf
                          int64_t num_experts, int64_t top_k, int activation) {
     submit(Mixture{out, x, gate_up, down, weights, experts, workspace, x_stride, m, hidden, inner, num_experts, top_k,
                    (Activation)activation});
+}
+
+void wavetrain_quantized_moe(bf16* out, const bf16* x, const ExpertStack* gate_up, const ExpertStack* down, const float* weights,
+                             const int32_t* experts, char* workspace, int64_t x_stride, int64_t m, int64_t hidden, int64_t inner,
+                             int64_t num_experts, int64_t top_k, int activation) {
+    Mixture mixture{out,    x,     nullptr,     nullptr, weights,               experts, workspace, x_stride, m,
+                    hidden, inner, num_experts, top_k,   (Activation)activation};
+    submit(QuantizedMixture{mixture, *gate_up, *down});
 }
 
 void wavetrain_rms_norm(void* out, void* residual_out, const void* x, const void* residual, const void* weight, int64_t outer,

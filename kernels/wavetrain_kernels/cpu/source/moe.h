@@ -136,39 +136,58 @@ inline void store_units(const Mixture& op, bf16* block, const float* c, int64_t 
     }
 }
 
+// Shares the panels of all experts with pairs among the threads, by cost(pairs of the expert) a panel: calls visit(expert, its
+// panels) for this thread's stretch.
+template <typename Cost, typename Visit>
+inline void share_panels(const Groups& groups, int64_t num_experts, int64_t panels, Cost cost, Visit visit) {
+    int64_t total = 0, before = 0;
+    for (int64_t expert = 0; expert < num_experts; ++expert)
+        if (int64_t count = groups.count(expert)) total += cost(count) * panels;
+    Range mine = share(total);
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+        int64_t count = groups.count(expert);
+        if (!count) continue;
+        auto panel_at = [&](int64_t position) {
+            int64_t panel = position <= before ? 0 : ceil_div(position - before, cost(count));
+            return panel < panels ? panel : panels;
+        };
+        Range own = {panel_at(mine.begin), panel_at(mine.end)};
+        before += cost(count) * panels;
+        if (own.begin < own.end) visit(expert, own);
+    }
+}
+
 // The gated units of all pairs. A thread gets a stretch of all experts' panels; it packs the rows for each expert itself,
 // so that they are in its cache.
 inline void run_gates(const Mixture& op, const Groups& groups, float* c) {
     // Reading a panel takes about as long as multiplying three blocks with it.
-    auto cost = [&](int64_t expert) { return 3 + ceil_div(groups.count(expert), kBlock); };
-    int64_t steps = ceil_div(op.hidden, kDepth), panels = num_panels(2 * op.inner, true), total = 0, before = 0;
+    auto cost = [](int64_t count) { return 3 + ceil_div(count, kBlock); };
+    int64_t steps = ceil_div(op.hidden, kDepth), panels = num_panels(2 * op.inner, true);
     int64_t unit_steps = ceil_div(op.inner, kDepth);
-    for (int64_t expert = 0; expert < op.num_experts; ++expert) total += groups.count(expert) ? cost(expert) * panels : 0;
-    Range mine = share(total);
-    for (int64_t expert = 0; expert < op.num_experts; ++expert) {
-        int64_t count = groups.count(expert);
-        if (!count) continue;
-        auto panel_at = [&](int64_t position) {
-            int64_t panel = position <= before ? 0 : ceil_div(position - before, cost(expert));
-            return panel < panels ? panel : panels;
-        };
-        int64_t begin = panel_at(mine.begin), end = panel_at(mine.end), chunk = rows_at_once(count, op.hidden);
-        before += cost(expert) * panels;
-        for (int64_t row = 0; begin < end && row < count; row += chunk) {
+    share_panels(groups, op.num_experts, panels, cost, [&](int64_t expert, Range own) {
+        int64_t count = groups.count(expert), chunk = rows_at_once(count, op.hidden);
+        for (int64_t row = 0; row < count; row += chunk) {
             int64_t rows = count - row < chunk ? count - row : chunk;
             bf16* a = (bf16*)thread_memory().reserve(ceil_div(rows, kBlock) * steps * kBlockElements * (int64_t)sizeof(bf16));
             for (int64_t i = 0; i < rows; ++i) {
                 const bf16* x = op.x + groups.tokens[groups.starts[expert] + row + i] * op.x_stride;
                 pack_rows(a + i / kBlock * steps * kBlockElements + i % kBlock * kDepth, x, 0, 0, 1, op.hidden);
             }
-            for (int64_t panel = begin; panel < end; ++panel)
+            for (int64_t panel = own.begin; panel < own.end; ++panel)
                 multiply_panel(c, a, op.gate_up + (expert * panels + panel) * steps * kBlockElements, steps, rows,
                               [&](const float* sums, int64_t first, int64_t some) {
                                   int64_t block = groups.blocks[expert] + (row + first) / kBlock;
                                   store_units(op, groups.units + block * unit_steps * kBlockElements, sums, some, panel);
                               });
         }
-    }
+    });
+}
+
+// Adds weight times 32 products.
+inline void add_weighted(float* sums, float weight, const float* products) {
+    Floats factor = broadcast(weight);
+    store(sums, fma(factor, load(products), load(sums)));
+    store(sums + kTile, fma(factor, load(products + kTile), load(sums + kTile)));
 }
 
 // Adds to the sums [m, width] of some columns what one expert makes of its tokens there; panels [begin, end).
@@ -182,18 +201,16 @@ inline void add_expert(const Mixture& op, const Groups& groups, float* c, float*
             multiply_panel(c, a, op.down + (expert * panels + panel) * steps * kBlockElements, steps, rows,
                           [&](const float* products, int64_t first, int64_t some) {
                               for (int64_t i = 0; i < some; ++i) {
-                                  Floats weight = broadcast(groups.weights[at + first + i]);
                                   float* to = sums + groups.tokens[at + first + i] * width + (panel - columns.begin) * kPanel;
-                                  const float* from = products + i * kPanel;
-                                  store(to, fma(weight, load(from), load(to)));
-                                  store(to + kTile, fma(weight, load(from + kTile), load(to + kTile)));
+                                  add_weighted(to, groups.weights[at + first + i], products + i * kPanel);
                               }
                           });
     }
 }
 
-// The second projections. A thread has columns of its own, and adds the experts there in their order.
-inline void run_downs(const Mixture& op, const Groups& groups, float* c) {
+// Columns of the results, a thread's own, some at a time: calls add(sums [m, width], its panels), and stores the sums.
+template <typename Add>
+inline void sum_columns(const Mixture& op, ThreadMemory& memory, Add add) {
     constexpr int64_t kSumBytes = 1 << 20;   // with an expert's rows they stay in a core's second-level cache
     Range mine = share(num_panels(op.hidden, false));
     int64_t most = kSumBytes / (op.m * kPanel * (int64_t)sizeof(float)), at_once = most ? most : 1;
@@ -201,9 +218,9 @@ inline void run_downs(const Mixture& op, const Groups& groups, float* c) {
         some.end = mine.end - some.begin < at_once ? mine.end : some.begin + at_once;
         int64_t width = (some.end - some.begin) * kPanel, first = some.begin * kPanel;
         int64_t columns = op.hidden - first < width ? op.hidden - first : width;
-        float* sums = (float*)thread_memory().reserve(op.m * width * (int64_t)sizeof(float));
+        float* sums = (float*)memory.reserve(op.m * width * (int64_t)sizeof(float));
         memset(sums, 0, (size_t)(op.m * width) * sizeof(float));
-        for (int64_t expert = 0; expert < op.num_experts; ++expert) add_expert(op, groups, c, sums, expert, some);
+        add(sums, some);
         for (int64_t row = 0; row < op.m; ++row)
             for (int64_t at = 0; at < columns; at += kLanes) {
                 Floats values = load(sums + row * width + at);
@@ -212,6 +229,13 @@ inline void run_downs(const Mixture& op, const Groups& groups, float* c) {
                 else store(to, values);
             }
     }
+}
+
+// The second projections. A thread has columns of its own, and adds the experts there in their order.
+inline void run_downs(const Mixture& op, const Groups& groups, float* c) {
+    sum_columns(op, thread_memory(), [&](float* sums, Range panels) {
+        for (int64_t expert = 0; expert < op.num_experts; ++expert) add_expert(op, groups, c, sums, expert, panels);
+    });
 }
 
 inline void run(const Mixture& op) {

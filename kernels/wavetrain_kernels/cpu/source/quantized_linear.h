@@ -17,33 +17,42 @@
 
 namespace wavetrain {
 
+// What a thread needs beside the rows of x.
+struct alignas(64) ProductMemory {
+    float totals[kMaxRows * kPanel], partial[kMaxRows * kPanel];
+    uint8_t decoded[kDecodedBytes];
+};
+
+// Computes and stores rows [row, row + count) times the first of `panels` panels from `panel` on, or more of them; returns how
+// many. Not inlined: compiled once for layers and mixtures.
+template <typename Source>
+[[gnu::noinline]] int64_t multiply_panels(const QuantizedLinear& op, const Source& source, ProductMemory& memory, int64_t row,
+                                          int64_t count, int64_t panel, int64_t panels) {
+#if WAVETRAIN_AMX
+    (void)panels;
+    multiply_on_tiles(op, source, memory.totals, memory.partial, memory.decoded, row, count, panel);
+#else
+    if (count <= kRowsAtOnce) return multiply_few_rows(op, source, memory.totals, row, count, panel, panels);
+    multiply_many_rows(op, source, memory.totals, memory.partial, memory.decoded, row, count, panel);
+#endif
+    return 1;
+}
+
 template <typename Source>
 inline void run(const QuantizedLinear& op, const Source& source) {
     bool needs_sums = source.center() != 0 || op.format.has_offsets;
     Range rows = share(op.target.m);
     prepare_rows(op, rows.begin, rows.end, needs_sums);
 #pragma omp barrier
-    struct alignas(64) Memory {
-        float totals[kMaxRows * kPanel], partial[kMaxRows * kPanel];
-        uint8_t decoded[kDecodedBytes];
-    };
-    auto* memory = (Memory*)thread_memory().reserve(sizeof(Memory));
+    auto* memory = (ProductMemory*)thread_memory().reserve(sizeof(ProductMemory));
     int64_t panels = num_panels(op.format.n, op.format.is_gated);
     int64_t chunk = rows_at_once(op.target.m, op.format.steps() * kRowBytes / (int64_t)sizeof(bf16));
     Range units = share(ceil_div(op.target.m, chunk) * panels);
     for (int64_t unit = units.begin; unit < units.end;) {
         int64_t panel = unit % panels, row = unit / panels * chunk;
         int64_t count = op.target.m - row < chunk ? op.target.m - row : chunk;
-#if WAVETRAIN_AMX
-        multiply_on_tiles(op, source, memory->totals, memory->partial, memory->decoded, row, count, panel), ++unit;
-#else
-        if (count <= kRowsAtOnce) {
-            int64_t last = panels - panel < units.end - unit ? panels - panel : units.end - unit;
-            unit += multiply_few_rows(op, source, memory->totals, row, count, panel, last);
-            continue;
-        }
-        multiply_many_rows(op, source, memory->totals, memory->partial, memory->decoded, row, count, panel), ++unit;
-#endif
+        int64_t last = panels - panel < units.end - unit ? panels - panel : units.end - unit;
+        unit += multiply_panels(op, source, *memory, row, count, panel, last);
     }
 }
 
