@@ -22,29 +22,14 @@ from wavetrain_kernels.gpu.activation import activated
 from wavetrain_kernels.gpu.aot_case import AotCase
 from wavetrain_kernels.gpu.launch import TRITON_TYPES, cdiv, fall_back, launch, next_power_of_2
 from wavetrain_kernels.gpu.moe_config import BEFORE_HOPPER, ProductConfig, down_config, gate_up_config
-from wavetrain_kernels.gpu.moe_routing import SortedPairs, sort_pairs
+from wavetrain_kernels.gpu.moe_routing import SortedPairs, find_tile, sort_pairs
+from wavetrain_kernels.gpu.quantized_experts import QuantizedExperts
+from wavetrain_kernels.gpu.quantized_moe import multiply_down, multiply_gate_up, rows_at_most
 from wavetrain_kernels.reference import moe as reference
 
 # T = tokens, E = experts, k = experts of a token, P = T * k pairs, H = hidden size, I = units of an expert.
 
 _SUM_BLOCK = 1024
-
-
-@triton.jit
-def _find_tile(tiles_ptr, num_tiles, SIZE_N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Returns the program's expert (-1: none), the first row of its tile, the end of its expert's, its column tile.
-
-    GROUP_M row tiles, likely of one expert, take a column tile one after the other: its weights stay in the cache.
-    """
-    COLUMN_TILES: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    group = program // (GROUP_M * COLUMN_TILES)
-    rows = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
-    tile = group * GROUP_M + program % (GROUP_M * COLUMN_TILES) % rows
-    expert = tl.load(tiles_ptr + tile)
-    first = tl.load(tiles_ptr + num_tiles + tile)
-    end = tl.load(tiles_ptr + 2 * num_tiles + tile)
-    return expert, first, end, program % (GROUP_M * COLUMN_TILES) // rows
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -66,7 +51,7 @@ def _gate_up_kernel(
     GROUP_M: tl.constexpr,
 ):
     # pyright takes the call of a kernel's part for one of the kernel, which has no result.
-    expert, first, end, column_tile = _find_tile(tiles_ptr, num_tiles, UNITS, BLOCK_N, GROUP_M)  # pyright: ignore
+    expert, first, end, column_tile = find_tile(tiles_ptr, num_tiles, UNITS, BLOCK_N, GROUP_M)  # pyright: ignore
     if expert < 0:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -115,7 +100,7 @@ def _down_kernel(
     GROUP_M: tl.constexpr,
 ):
     # pyright takes the call of a kernel's part for one of the kernel, which has no result.
-    expert, first, end, column_tile = _find_tile(tiles_ptr, num_tiles, HIDDEN, BLOCK_N, GROUP_M)  # pyright: ignore
+    expert, first, end, column_tile = find_tile(tiles_ptr, num_tiles, HIDDEN, BLOCK_N, GROUP_M)  # pyright: ignore
     if expert < 0:
         return
     rows = first + tl.arange(0, BLOCK_M)
@@ -167,8 +152,8 @@ def _sum_terms_kernel(
 def fused_moe(
     out: Tensor,
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | QuantizedExperts,
+    down: Tensor | QuantizedExperts,
     weights: Tensor,
     expert_ids: Tensor,
     num_units: int,
@@ -176,6 +161,8 @@ def fused_moe(
 ) -> None:
     """See KernelSet."""
     if x.dtype not in TRITON_TYPES:
+        assert isinstance(gate_up, Tensor), "quantized experts are of Triton's types"
+        assert isinstance(down, Tensor), "quantized experts are of Triton's types"
         fall_back("fused_moe", str(x.dtype))
         reference.fused_moe(out, x, gate_up, down, weights, expert_ids, num_units, activation)
         return
@@ -183,13 +170,19 @@ def fused_moe(
         return
     x = x if x.stride(1) == 1 else x.contiguous()
     weights, expert_ids = weights.contiguous(), expert_ids.contiguous()
-    (num_tokens, top_k), (num_experts, hidden, _) = expert_ids.shape, down.shape
-    pairs = sort_pairs(expert_ids, num_experts)
+    (num_tokens, top_k), hidden, num_experts = expert_ids.shape, x.shape[1], len(down)
+    pairs = sort_pairs(expert_ids, num_experts, most_rows=rows_at_most(gate_up, down))
     # As large as activations of k times the tokens: from torch's allocator, which hands them on to other layers.
     units = x.new_empty(num_tokens * top_k, num_units)
     terms = x.new_empty(num_tokens * top_k, hidden)
-    _multiply_gate_up(units, x, gate_up, pairs, top_k, activation)
-    _multiply_down(terms, units, down, weights, pairs)
+    if isinstance(gate_up, Tensor):
+        _multiply_gate_up(units, x, gate_up, pairs, top_k, activation)
+    else:
+        multiply_gate_up(units, x, gate_up, pairs, top_k, activation)
+    if isinstance(down, Tensor):
+        _multiply_down(terms, units, down, weights, pairs)
+    else:
+        multiply_down(terms, units, down, weights, pairs)
     block_h = min(_SUM_BLOCK, next_power_of_2(hidden))
     launch(
         _sum_terms_kernel,

@@ -19,6 +19,7 @@ from wavetrain_kernels.gpu.tuning import tuned
 # Elements of the matrix (pairs of a chunk, experts) that one program of the sort has in registers.
 _SORT_ELEMENTS = 8192
 _ROUTE_ELEMENTS = 1024
+MOST_ROWS = 128  # of a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def rows_per_tile(num_pairs: int, num_experts: int, device: torch.device | None 
     for block_m, most in ((16, 8), (32, 16), (64, 64)):
         if pairs_per_expert <= most:
             return block_m
-    return 128
+    return MOST_ROWS
 
 
 def gate_up_config(block_m: int, hidden: int, units: int, device: torch.device | None = None) -> ProductConfig:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wavetrain_kernels.gpu.aot_case import AotCase
 from wavetrain_kernels.gpu.launch import cdiv, launch, next_power_of_2
-from wavetrain_kernels.gpu.moe_config import most_tiles, route_rows, rows_per_tile, sort_chunk
+from wavetrain_kernels.gpu.moe_config import MOST_ROWS, most_tiles, route_rows, rows_per_tile, sort_chunk
 from wavetrain_kernels.gpu.workspace import workspace
 
 # T = tokens, E = experts, k = experts of a token, P = T * k pairs.
@@ -28,6 +28,25 @@ _TILES_AT_ONCE = 16
 _MANY_PAIRS = 16384
 # A key below that of any number, minus infinity too.
 _TAKEN = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def find_tile(  # noqa: ANN201
+    tiles_ptr, num_tiles, SIZE_N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """Returns the program's expert (-1: none), the first row of its tile, the end of its expert's, its column tile.
+
+    GROUP_M row tiles, likely of one expert, take a column tile one after the other: its weights stay in the cache.
+    """
+    COLUMN_TILES: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    group = program // (GROUP_M * COLUMN_TILES)
+    rows = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
+    tile = group * GROUP_M + program % (GROUP_M * COLUMN_TILES) % rows
+    expert = tl.load(tiles_ptr + tile)
+    first = tl.load(tiles_ptr + num_tiles + tile)
+    end = tl.load(tiles_ptr + 2 * num_tiles + tile)
+    return expert, first, end, program % (GROUP_M * COLUMN_TILES) // rows
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -194,10 +213,10 @@ def route_experts(weights: Tensor, expert_ids: Tensor, logits: Tensor, renormali
     )
 
 
-def sort_pairs(expert_ids: Tensor, num_experts: int) -> SortedPairs:
-    """Returns the pairs of expert_ids [T, k], contiguous, in the order of their experts."""
+def sort_pairs(expert_ids: Tensor, num_experts: int, *, most_rows: int = MOST_ROWS) -> SortedPairs:
+    """Returns the pairs of expert_ids [T, k], contiguous, in the order of their experts, tiles of up to `most_rows`."""
     num_pairs, device = expert_ids.numel(), expert_ids.device
-    block_m = rows_per_tile(num_pairs, num_experts, device)
+    block_m = min(most_rows, rows_per_tile(num_pairs, num_experts, device))
     block_p, block_e = sort_chunk(num_pairs, num_experts), next_power_of_2(num_experts)
     num_chunks, num_tiles = cdiv(num_pairs, block_p), most_tiles(num_pairs, num_experts, block_m)
     pairs = workspace("moe_pairs", (num_pairs,), torch.int32, device)

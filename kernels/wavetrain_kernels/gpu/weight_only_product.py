@@ -60,8 +60,65 @@ def store_tile(
         tl.store(out_ptrs, acc.to(dtype), mask=(tokens < num_rows)[None, :] & (rows < SIZE)[:, None])
 
 
+@triton.jit
+def widened_sums(  # noqa: ANN201
+    x_ptrs, is_token, word_ptrs, scales_ptr, zeros_ptr, codebook_ptr, order_ptr, known, first, last,
+    dtype: tl.constexpr, SIZE: tl.constexpr, IN_FEATURES: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr,
+    PLANES: tl.constexpr, TOGETHER: tl.constexpr, VALUES: tl.constexpr, MIDDLE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums [N, T] of products of rows with a weight over its blocks [first, last).
+
+    Args:
+        x_ptrs: [PLANE, T] of each token's first inputs; with an order [1, T] of its first one.
+        word_ptrs: [N, PLANE / 2] of each output's first words.
+        order_ptr: [K] the inputs in the order of the words, or None: as they lie.
+        known: [N] the outputs.
+    """
+    inputs = tl.arange(0, PLANE)
+    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    # A group's scales are asked for while the group before it is multiplied.
+    scale = tl.load(scales_ptr + (first * (PLANE * PLANES) // GROUP if GROUP else 0) * SIZE + known)
+    zero = 0.0
+    if zeros_ptr is not None:
+        zero = tl.load(zeros_ptr + known)[:, None].to(dtype)
+    for block in range(first, last):
+        words = tl.load(word_ptrs + block * (PLANE // 2), eviction_policy="evict_first")
+        total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32) if GROUP else acc
+        for i in tl.static_range(PLANES):
+            start = block * (PLANE * PLANES) + i * PLANE
+            if order_ptr is not None:
+                is_input = inputs < IN_FEATURES - start
+                columns = tl.load(order_ptr + start + inputs, mask=is_input, other=0)
+                x = tl.load(x_ptrs + columns[:, None], mask=is_token[None, :] & is_input[:, None], other=0.0)
+            elif IN_FEATURES % (PLANE * PLANES) == 0:
+                x = tl.load(x_ptrs + start, mask=is_token[None, :], other=0.0)
+            else:
+                is_there = is_token[None, :] & (inputs < IN_FEATURES - start)[:, None]
+                x = tl.load(x_ptrs + start, mask=is_there, other=0.0)
+            if zeros_ptr is not None and GROUP and i % TOGETHER == 0:
+                group = tl.minimum(start // GROUP, (IN_FEATURES - 1) // GROUP)
+                zero = tl.load(zeros_ptr + group * SIZE + known)[:, None].to(dtype)
+            values = widened(
+                words, zero, codebook_ptr, dtype, VALUES, MIDDLE, codebook_ptr is not None, zeros_ptr is not None, i,
+                BLOCK_N, PLANE,
+            )  # fmt: skip
+            total = tl.dot(values, x, total)
+            if GROUP and (i + 1) % TOGETHER == 0:
+                acc += total * scale[:, None]
+                total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+                scale = tl.load(
+                    scales_ptr + tl.minimum((start + PLANE) // GROUP, (IN_FEATURES - 1) // GROUP) * SIZE + known
+                )
+        if GROUP == 0:
+            acc = total
+    if GROUP == 0:
+        acc *= scale[:, None]
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def _weight_only_kernel(  # noqa: C901
+def _weight_only_kernel(
     out_ptr,  # [T, N], or [T, N / 2] with IS_GATED; contiguous
     x_ptr,  # [T, K]
     words_ptr,  # [N, NUM_BLOCKS * PLANE / 2], contiguous
@@ -103,40 +160,11 @@ def _weight_only_kernel(  # noqa: C901
     x_ptrs = x_ptr + tokens[None, :].to(tl.int64) * stride_xt + inputs[:, None]
     per_split = tl.cdiv(NUM_BLOCKS, num_splits)
     first = split * per_split
-    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    # A group's scales are asked for while the group before it is multiplied.
-    scale = tl.load(scales_ptr + (first * (PLANE * PLANES) // GROUP if GROUP else 0) * SIZE + known)
-    zero = 0.0
-    if zeros_ptr is not None:
-        zero = tl.load(zeros_ptr + known)[:, None].to(dtype)
-    for block in range(first, tl.minimum(first + per_split, NUM_BLOCKS)):
-        words = tl.load(word_ptrs + block * (PLANE // 2), eviction_policy="evict_first")
-        total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32) if GROUP else acc
-        for i in tl.static_range(PLANES):
-            start = block * (PLANE * PLANES) + i * PLANE
-            if IN_FEATURES % (PLANE * PLANES) == 0:
-                x = tl.load(x_ptrs + start, mask=is_token[None, :], other=0.0)
-            else:
-                is_there = is_token[None, :] & (inputs < IN_FEATURES - start)[:, None]
-                x = tl.load(x_ptrs + start, mask=is_there, other=0.0)
-            if zeros_ptr is not None and GROUP and i % TOGETHER == 0:
-                group = tl.minimum(start // GROUP, (IN_FEATURES - 1) // GROUP)
-                zero = tl.load(zeros_ptr + group * SIZE + known)[:, None].to(dtype)
-            values = widened(
-                words, zero, codebook_ptr, dtype, VALUES, MIDDLE, codebook_ptr is not None, zeros_ptr is not None, i,
-                BLOCK_N, PLANE,
-            )  # fmt: skip
-            total = tl.dot(values, x, total)
-            if GROUP and (i + 1) % TOGETHER == 0:
-                acc += total * scale[:, None]
-                total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-                scale = tl.load(
-                    scales_ptr + tl.minimum((start + PLANE) // GROUP, (IN_FEATURES - 1) // GROUP) * SIZE + known
-                )
-        if GROUP == 0:
-            acc = total
-    if GROUP == 0:
-        acc *= scale[:, None]
+    acc = widened_sums(
+        x_ptrs, is_token, word_ptrs, scales_ptr, zeros_ptr, codebook_ptr, None, known, first,
+        tl.minimum(first + per_split, NUM_BLOCKS), dtype,
+        SIZE, IN_FEATURES, GROUP, PLANE, PLANES, TOGETHER, VALUES, MIDDLE, BLOCK_T, BLOCK_N,
+    )  # fmt: skip
     if IS_SPLIT:
         tile = tile_t * tl.num_programs(0) + tile_n
         at = tl.arange(0, BLOCK_T)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]

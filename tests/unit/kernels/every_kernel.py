@@ -41,6 +41,7 @@ def run_all() -> None:
     run_linears()
     run_quantized_linears()
     run_mixtures()
+    run_quantized_mixtures()
     run_attention()
 
 
@@ -120,6 +121,25 @@ def run_mixtures() -> None:
             ops.fused_moe(x, gate_up, down, weights, torch.full_like(expert_ids, -1), "gelu_tanh")
     logits = torch.full((3, 5), float("nan"))
     ops.route_experts(logits, 5, renormalize=False)
+
+
+def run_quantized_mixtures() -> None:
+    """Experts of every scheme, in sizes that fill no segment; few rows, many, and more than pass a panel at once."""
+    for num_tokens, num_experts, top_k, hidden, units in ((1, 3, 2, 70, 34), (20, 2, 2, 33, 70), (600, 3, 1, 32, 16)):
+        logits = torch.randn(num_tokens, num_experts)
+        weights, expert_ids = ops.route_experts(logits, top_k, renormalize=True)
+        x = torch.randn(num_tokens, hidden).bfloat16()
+        for name, scheme in every_scheme(hidden).items():
+            other = every_scheme(units)[name]
+            stacks: list[ops.PackedExperts] = []
+            for shape, one, is_gated in (((2 * units, hidden), scheme, True), ((hidden, units), other, False)):
+                matrices = [random_quantized(one, *shape, seed=seed) for seed in range(num_experts)]
+                experts = ops.empty_quantized_experts(num_experts, matrices[0], dtype=torch.bfloat16, is_gated=is_gated)
+                for expert, matrix in enumerate(matrices):
+                    ops.pack_expert(experts, expert, matrix)
+                stacks.append(experts)
+            ops.fused_moe(x, *stacks, weights, expert_ids, "silu")
+            ops.fused_moe(x, *stacks, weights, torch.full_like(expert_ids, -1), "gelu_tanh")
 
 
 def run_attention() -> None:
