@@ -4,6 +4,7 @@
 
     .venv/bin/python scripts/bench_experts.py
     .venv/bin/python scripts/bench_experts.py --rows 1,16,512 --hidden 2048 --units 768 --experts 64 --top-k 8
+    .venv/bin/python scripts/bench_experts.py --threads 1 --processor-time     # on a machine that others use too
 
 A case is the feed-forward half of a Qwen3-MoE's layer, router included, as a recorded program over as many layers as
 400 MB of bfloat16 experts: more than caches hold, whatever they are held in. Each row goes to experts of its own. One
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench_quantized import BFLOAT16, CPU, random_quantized, schemes, seconds_of, spread, step_of
+from bench_quantized import BFLOAT16, CPU, random_quantized, schemes, spread, step_of
 from bench_target import where_measured
 from wavetrain_kernels import ops
 from wavetrain_kernels.ops import PackedExperts, PackedWeight, QuantizedWeight
@@ -79,7 +81,7 @@ class Case:
             ops.pack_expert(experts, expert, weight)
         return experts
 
-    def timer(self, x: Tensor) -> Callable[[], float]:
+    def timer(self, x: Tensor, clock: Callable[[], float]) -> Callable[[], float]:
         """Returns what runs all layers over rows x and returns the seconds for one of them."""
         num_rows = x.shape[0]
         program = new_program(CPU, num_rows, torch.bfloat16)
@@ -90,7 +92,13 @@ class Case:
                 weights, expert_ids = ops.route_experts(logits, self._sizes.top_k, renormalize=True)
                 ops.fused_moe(x, gate_up, down, weights, expert_ids, "silu")
         token_ids, positions, metadata = step_of(num_rows)
-        return lambda: seconds_of(lambda: program.run(token_ids, positions, metadata)) / len(self._layers)
+
+        def seconds() -> float:
+            start = clock()
+            program.run(token_ids, positions, metadata)
+            return (clock() - start) / len(self._layers)
+
+        return seconds
 
     def used_experts(self, x: Tensor) -> float:
         """Returns how many experts of a layer the rows go to, on average."""
@@ -113,8 +121,12 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=512, help="of an expert (%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="times that all schemes take turns (%(default)s)")
     parser.add_argument("--threads", type=int, help="default: as torch takes them")
+    parser.add_argument("--processor-time", action="store_true", help="of this thread, in place of the clock's")
     parser.add_argument("--cache-dir", default="/tmp/wavetrain-kernels", help="of compiled kernels (%(default)s)")
     args = parser.parse_args()
+    if args.processor_time and args.threads != 1:
+        parser.error("--processor-time is that of one thread: give --threads 1 too")
+    clock = time.thread_time if args.processor_time else time.perf_counter
     names = args.schemes.split(",")
     if unknown := {*names} - {*schemes(None)}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
@@ -125,12 +137,12 @@ def main() -> None:
         choose_kernels("cpu", CPU, Path(args.cache_dir))
         cases = [Case(sizes, name) for name in (BFLOAT16, *names)]
         for num_rows in map(int, args.rows.split(",")):
-            _measure(sizes, cases, num_rows, args.rounds)
+            _measure(sizes, cases, num_rows, args.rounds, clock)
 
 
-def _measure(sizes: Sizes, cases: list[Case], num_rows: int, rounds: int) -> None:
+def _measure(sizes: Sizes, cases: list[Case], num_rows: int, rounds: int, clock: Callable[[], float]) -> None:
     x = torch.randn(num_rows, sizes.hidden, generator=torch.Generator().manual_seed(num_rows)).bfloat16()
-    timers, used = [case.timer(x) for case in cases], cases[0].used_experts(x)
+    timers, used = [case.timer(x, clock) for case in cases], cases[0].used_experts(x)
     for timer in timers:
         timer()
     times: list[list[float]] = [[] for _ in cases]

@@ -105,7 +105,7 @@ class Case:
             for layer in layers:
                 self._layer(x, layer)
         token_ids, positions, metadata = step_of(num_rows)
-        return lambda: seconds_of(lambda: program.run(token_ids, positions, metadata)) / len(layers)
+        return lambda: _seconds(lambda: program.run(token_ids, positions, metadata)) / len(layers)
 
     def _layer(self, x: Tensor, layer: list[PackedWeight]) -> None:
         wide = ops.linear(x, layer[0])
@@ -209,8 +209,7 @@ def step_of(num_rows: int) -> tuple[Tensor, Tensor, AttentionMetadata]:
     return places, places, AttentionMetadata.build([num_rows], [num_rows], tables, places)
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    """Returns how long a call takes."""
+def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -138,8 +138,9 @@ def run_quantized_mixtures() -> None:
                 for expert, matrix in enumerate(matrices):
                     ops.pack_expert(experts, expert, matrix)
                 stacks.append(experts)
-            ops.fused_moe(x, *stacks, weights, expert_ids, "silu")
-            ops.fused_moe(x, *stacks, weights, torch.full_like(expert_ids, -1), "gelu_tanh")
+            gate_up, down = stacks
+            ops.fused_moe(x, gate_up, down, weights, expert_ids, "silu")
+            ops.fused_moe(x, gate_up, down, weights, torch.full_like(expert_ids, -1), "gelu_tanh")
 
 
 def run_attention() -> None:
