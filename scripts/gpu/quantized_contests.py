@@ -103,7 +103,7 @@ def _contest(
     num_bytes = weight_bytes + 4 * groups * out_features + 2 * num_rows * (in_features + out_features)
 
     def make() -> _Set:
-        weight = _random(scheme, out_features, in_features, device)
+        weight = random_weight(scheme, out_features, in_features, device)
         x = torch.randn(num_rows, in_features, dtype=dtype, device=device)
         return _Set(x, weight, ops.pack_quantized(weight, dtype=dtype), ops.dequantize(weight).to(dtype))
 
@@ -128,9 +128,10 @@ def _contest(
     )
 
 
-def _random(
+def random_weight(
     scheme: ops.QuantizationScheme, out_features: int, in_features: int, device: torch.device
 ) -> ops.QuantizedWeight:
+    """Returns a weight whose elements are about as large as 1 / sqrt(in_features)."""
     grid = (-(-out_features // scheme.block_rows), -(-in_features // scheme.group_size))
     scales = (torch.rand(grid, device=device) + 0.5) * in_features**-0.5
     if scheme.values == "int4":

@@ -124,14 +124,25 @@ def gated_linear(num_tokens: int) -> None:
     GPU.gated_linear(out, _made(num_tokens, HIDDEN_SIZE), GATED, None, "silu")
 
 
-def _quantized(scheme: QuantizationScheme, out_features: int, in_features: int, is_gated: bool) -> PackedWeight:
+def _source(scheme: QuantizationScheme, out_features: int, in_features: int) -> QuantizedWeight:
     grid = torch.ones(out_features, -(-in_features // scheme.group_size))
     if scheme.values == "int4":
         values = torch.zeros(out_features, in_features // 2, dtype=torch.uint8)
     else:
         values = torch.zeros(out_features, in_features, dtype=torch.int8)
-    weight = QuantizedWeight(scheme=scheme, in_features=in_features, values=values, scales=grid)
-    return ops.pack_quantized(weight, dtype=DTYPE, is_gated=is_gated)
+    return QuantizedWeight(scheme=scheme, in_features=in_features, values=values, scales=grid)
+
+
+def _quantized(scheme: QuantizationScheme, out_features: int, in_features: int, is_gated: bool) -> PackedWeight:
+    return ops.pack_quantized(_source(scheme, out_features, in_features), dtype=DTYPE, is_gated=is_gated)
+
+
+def _quantized_experts(out_features: int, in_features: int, is_gated: bool) -> Any:
+    weight = _source(NARROW, out_features, in_features)
+    experts = ops.empty_quantized_experts(NUM_EXPERTS, weight, dtype=DTYPE, is_gated=is_gated)
+    for expert in range(NUM_EXPERTS):
+        ops.pack_expert(experts, expert, weight)
+    return experts.data
 
 
 dispatch._CHOSEN["cpu"] = GPU
@@ -140,6 +151,10 @@ ROUNDED = QuantizationScheme(values="int8", group_size=1024, inputs="int8")
 NARROW_WEIGHT = _quantized(NARROW, HIDDEN_SIZE, HIDDEN_SIZE, False)
 NARROW_GATED = _quantized(NARROW, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, True)
 ROUNDED_WEIGHT = _quantized(ROUNDED, HIDDEN_SIZE, HIDDEN_SIZE, False)
+NARROW_EXPERTS = (
+    _quantized_experts(2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, True),
+    _quantized_experts(HIDDEN_SIZE, INTERMEDIATE_SIZE, False),
+)
 ROUNDED_DOWN = _quantized(ROUNDED, HIDDEN_SIZE, INTERMEDIATE_SIZE, False)
 
 
@@ -177,18 +192,26 @@ def route_experts(num_tokens: int) -> None:
 
 def mixture_of_few(num_tokens: int) -> None:
     """Less than a pair an expert, and one program sorts them all."""
-    _mixture(1 + num_tokens % 15)
+    _mixture(1 + num_tokens % 15, EXPERTS)
 
 
 def mixture_of_many(num_tokens: int) -> None:
     """From 22 to 30 pairs an expert: the number of rows in a tile is one of four constants."""
-    _mixture(700 + num_tokens)
+    _mixture(700 + num_tokens, EXPERTS)
 
 
-def _mixture(num_tokens: int) -> None:
+def quantized_mixture_of_few(num_tokens: int) -> None:
+    _mixture(1 + num_tokens % 15, NARROW_EXPERTS)
+
+
+def quantized_mixture_of_many(num_tokens: int) -> None:
+    _mixture(700 + num_tokens, NARROW_EXPERTS)
+
+
+def _mixture(num_tokens: int, experts: tuple[Any, Any]) -> None:
     x = _made(num_tokens, HIDDEN_SIZE)
     weights, expert_ids = torch.zeros(num_tokens, 2), torch.zeros(num_tokens, 2, dtype=torch.int32)
-    GPU.fused_moe(torch.empty_like(x), x, *EXPERTS, weights, expert_ids, INTERMEDIATE_SIZE, "silu")
+    GPU.fused_moe(torch.empty_like(x), x, *experts, weights, expert_ids, INTERMEDIATE_SIZE, "silu")
 
 
 def decode_attention(num_tokens: int) -> None:
@@ -267,6 +290,8 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
         route_experts,
         mixture_of_few,
         mixture_of_many,
+        quantized_mixture_of_few,
+        quantized_mixture_of_many,
         decode_attention,
         decode_attention_over_codes,
         prefill_attention,
