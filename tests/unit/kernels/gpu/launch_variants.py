@@ -200,12 +200,21 @@ def mixture_of_many(num_tokens: int) -> None:
     _mixture(700 + num_tokens, EXPERTS)
 
 
-def quantized_mixture_of_few(num_tokens: int) -> None:
-    _mixture(1 + num_tokens % 15, NARROW_EXPERTS)
+def quantized_gates_of_few(num_tokens: int) -> None:
+    """Both projections are multiplied by one kernel, in two variants: so each is looked at by itself."""
+    _mixture(1 + num_tokens % 15, (NARROW_EXPERTS[0], EXPERTS[1]))
 
 
-def quantized_mixture_of_many(num_tokens: int) -> None:
-    _mixture(700 + num_tokens, NARROW_EXPERTS)
+def quantized_gates_of_many(num_tokens: int) -> None:
+    _mixture(700 + num_tokens, (NARROW_EXPERTS[0], EXPERTS[1]))
+
+
+def quantized_downs_of_few(num_tokens: int) -> None:
+    _mixture(1 + num_tokens % 15, (EXPERTS[0], NARROW_EXPERTS[1]))
+
+
+def quantized_downs_of_many(num_tokens: int) -> None:
+    _mixture(700 + num_tokens, (EXPERTS[0], NARROW_EXPERTS[1]))
 
 
 def _mixture(num_tokens: int, experts: tuple[Any, Any]) -> None:
@@ -290,8 +299,10 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
         route_experts,
         mixture_of_few,
         mixture_of_many,
-        quantized_mixture_of_few,
-        quantized_mixture_of_many,
+        quantized_gates_of_few,
+        quantized_gates_of_many,
+        quantized_downs_of_few,
+        quantized_downs_of_many,
         decode_attention,
         decode_attention_over_codes,
         prefill_attention,
