@@ -346,18 +346,24 @@ inline void multiply_panel(float* c, const bf16* a, const bf16* b, int64_t steps
     }
 }
 
+// Computes and stores rows [row, row + count) times one panel; c: room for the sums [count, 32].
+inline void multiply_panel(const Linear& op, float* c, int64_t row, int64_t count, int64_t panel) {
+    int64_t steps = ceil_div(op.k, kDepth);
+    multiply_panel(c, op.workspace + row * steps * kDepth, op.packed + panel * steps * kBlockElements, steps, count,
+                   [&](const float* sums, int64_t first, int64_t some) { finish_panel(op, sums, row + first, some, panel); });
+}
+
 inline void run(const Linear& op) {
     Range rows = share(op.m);
     pack_rows(op.workspace, op.x, op.x_stride, rows.begin, rows.end, op.k);
 #pragma omp barrier
     alignas(64) float c[kMaxRows * kPanel];
-    int64_t steps = ceil_div(op.k, kDepth), panels = num_panels(op.n, op.is_gated()), chunk = rows_at_once(op.m, op.k);
+    int64_t panels = num_panels(op.n, op.is_gated()), chunk = rows_at_once(op.m, op.k);
     Range units = share(ceil_div(op.m, chunk) * panels);
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
         int64_t panel = unit % panels, row = unit / panels * chunk;
         int64_t count = op.m - row < chunk ? op.m - row : chunk;
-        multiply_panel(c, op.workspace + row * steps * kDepth, op.packed + panel * steps * kBlockElements, steps, count,
-                       [&](const float* sums, int64_t first, int64_t some) { finish_panel(op, sums, row + first, some, panel); });
+        multiply_panel(op, c, row, count, panel);
     }
 }
 

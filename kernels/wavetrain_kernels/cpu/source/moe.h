@@ -175,10 +175,10 @@ inline void run_gates(const Mixture& op, const Groups& groups, float* c) {
             }
             for (int64_t panel = own.begin; panel < own.end; ++panel)
                 multiply_panel(c, a, op.gate_up + (expert * panels + panel) * steps * kBlockElements, steps, rows,
-                              [&](const float* sums, int64_t first, int64_t some) {
-                                  int64_t block = groups.blocks[expert] + (row + first) / kBlock;
-                                  store_units(op, groups.units + block * unit_steps * kBlockElements, sums, some, panel);
-                              });
+                               [&](const float* sums, int64_t first, int64_t some) {
+                                   int64_t block = groups.blocks[expert] + (row + first) / kBlock;
+                                   store_units(op, groups.units + block * unit_steps * kBlockElements, sums, some, panel);
+                               });
         }
     });
 }
@@ -199,12 +199,12 @@ inline void add_expert(const Mixture& op, const Groups& groups, float* c, float*
         const bf16* a = groups.units + (groups.blocks[expert] + row / kBlock) * steps * kBlockElements;
         for (int64_t panel = columns.begin; panel < columns.end; ++panel)
             multiply_panel(c, a, op.down + (expert * panels + panel) * steps * kBlockElements, steps, rows,
-                          [&](const float* products, int64_t first, int64_t some) {
-                              for (int64_t i = 0; i < some; ++i) {
-                                  float* to = sums + groups.tokens[at + first + i] * width + (panel - columns.begin) * kPanel;
-                                  add_weighted(to, groups.weights[at + first + i], products + i * kPanel);
-                              }
-                          });
+                           [&](const float* products, int64_t first, int64_t some) {
+                               for (int64_t i = 0; i < some; ++i) {
+                                   float* to = sums + groups.tokens[at + first + i] * width + (panel - columns.begin) * kPanel;
+                                   add_weighted(to, groups.weights[at + first + i], products + i * kPanel);
+                               }
+                           });
     }
 }
 
