@@ -107,10 +107,12 @@ inline void pack_rows(bf16* packed, const bf16* x, int64_t stride, int64_t begin
 }
 
 #if WAVETRAIN_AMX
-// c [kTiles * 16, 32] (+)= tiles of A times `steps` steps of one panel; kAhead: how far ahead to ask for the panel.
-template <int kTiles, int kAhead>
-inline void multiply_tiles(float* c, const bf16* a, const bf16* b, int64_t steps, bool is_first) {
-    constexpr int64_t stride = kPanel * sizeof(float);
+// c [kTiles * 16, 32] (+)= tiles of A times `steps` steps of a panel: two tiles of B, kNext bytes apart, whose rows are kStride
+// bytes apart. kIsInt: signed bytes times unsigned ones, c int32. kAhead: how many steps ahead to ask for the panel.
+template <bool kIsInt, int kTiles, int kAhead, int kStride, int kNext>
+inline void multiply_tiles(float* c, const char* a, const char* b, int64_t steps, bool is_first) {
+    constexpr int64_t kRow = kPanel * sizeof(float);
+    constexpr int kStepBytes = kBlockElements * (int)sizeof(bf16);
     if (is_first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -119,35 +121,48 @@ inline void multiply_tiles(float* c, const bf16* a, const bf16* b, int64_t steps
             _tile_zero(3);
         }
     } else {
-        _tile_loadd(0, c, stride);
-        _tile_loadd(1, c + kTile, stride);
+        _tile_loadd(0, c, kRow);
+        _tile_loadd(1, c + kTile, kRow);
         if (kTiles == 2) {
-            _tile_loadd(2, c + kTile * kPanel, stride);
-            _tile_loadd(3, c + kTile * kPanel + kTile, stride);
+            _tile_loadd(2, c + kTile * kPanel, kRow);
+            _tile_loadd(3, c + kTile * kPanel + kTile, kRow);
         }
     }
-    for (int64_t step = 0; step < steps; ++step) {
-        const bf16 *rows = a + step * kBlockElements, *tiles = b + step * kBlockElements;
+    for (int64_t step = 0; step < steps; ++step, a += kStepBytes, b += kStepBytes) {
         if (kAhead)
-            for (int line = 0; line < kBlockElements; line += 32)
-                asm volatile("prefetcht0 %0" ::"m"(tiles[kAhead * kBlockElements + line]));
-        _tile_loadd(4, rows, 64);
-        _tile_loadd(6, tiles, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, tiles + kTileElements, 64);
-        _tile_dpbf16ps(1, 4, 7);
+            for (int line = 0; line < kStepBytes; line += 64)
+                asm volatile("prefetcht0 %0" ::"m"(b[kAhead * kStepBytes + line]));
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, kStride);
+        if constexpr (kIsInt) _tile_dpbsud(0, 4, 6);
+        else _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + kNext, kStride);
+        if constexpr (kIsInt) _tile_dpbsud(1, 4, 7);
+        else _tile_dpbf16ps(1, 4, 7);
         if (kTiles == 2) {
-            _tile_loadd(5, rows + kTileElements, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            _tile_loadd(5, a + kStepBytes / 2, 64);
+            if constexpr (kIsInt) {
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
+            } else {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
         }
     }
-    _tile_stored(0, c, stride);
-    _tile_stored(1, c + kTile, stride);
+    _tile_stored(0, c, kRow);
+    _tile_stored(1, c + kTile, kRow);
     if (kTiles == 2) {
-        _tile_stored(2, c + kTile * kPanel, stride);
-        _tile_stored(3, c + kTile * kPanel + kTile, stride);
+        _tile_stored(2, c + kTile * kPanel, kRow);
+        _tile_stored(3, c + kTile * kPanel + kTile, kRow);
     }
+}
+
+// The same of packed weights.
+template <int kTiles, int kAhead>
+inline void multiply_packed(float* c, const bf16* a, const bf16* b, int64_t steps, bool is_first) {
+    constexpr int kNext = kTileElements * (int)sizeof(bf16);
+    multiply_tiles<false, kTiles, kAhead, 64, kNext>(c, (const char*)a, (const char*)b, steps, is_first);
 }
 #endif
 
@@ -223,8 +238,8 @@ inline void multiply_block(float* c, const bf16* a, const bf16* b, int64_t steps
 #if WAVETRAIN_AMX
     // 4 KiB ahead of a panel from memory, 26 of the 27 GB/s come through that two cores of a Xeon read.
     constexpr int kAhead = 2;
-    if (rows > kTile) is_cold ? multiply_tiles<2, kAhead>(c, a, b, steps, is_first) : multiply_tiles<2, 0>(c, a, b, steps, is_first);
-    else is_cold ? multiply_tiles<1, kAhead>(c, a, b, steps, is_first) : multiply_tiles<1, 0>(c, a, b, steps, is_first);
+    if (rows > kTile) is_cold ? multiply_packed<2, kAhead>(c, a, b, steps, is_first) : multiply_packed<2, 0>(c, a, b, steps, is_first);
+    else is_cold ? multiply_packed<1, kAhead>(c, a, b, steps, is_first) : multiply_packed<1, 0>(c, a, b, steps, is_first);
 #else
     multiply_some_rows(c, a, b, steps, rows, is_first, is_cold);
 #endif

@@ -27,7 +27,7 @@ struct QuantizedFormat {
 
     // Inputs of a row of x in one block of a step, and segments of them.
     int64_t step_inputs() const { return has_int_inputs ? 64 : 32; }
-    int64_t steps() const { return ceil_div(k, step_inputs()); }
+    int64_t steps() const { return has_int_inputs ? ceil_div(k, 64) : ceil_div(k, 32); }
     int64_t segments() const { return steps() * step_inputs() / kSegment; }
     int64_t groups() const { return ceil_div(k, group_size); }
     int64_t group_segments() const { return groups() == 1 ? segments() : group_size / kSegment; }
@@ -44,7 +44,29 @@ struct QuantizedFormat {
     int64_t padded_rows(int64_t m) const { return ceil_div(m, kBlock) * kBlock; }
     int64_t x_bytes(int64_t m) const { return padded_rows(m) * steps() * kRowBytes; }
     int64_t sum_bytes(int64_t m) const { return padded_rows(m) * groups() * 4; }
-    int64_t workspace_bytes(int64_t m) const { return x_bytes(m) + 2 * sum_bytes(m); }
+    int64_t workspace_bytes(int64_t m) const { return x_bytes(m) + (has_int_inputs ? 3 : 1) * sum_bytes(m); }
+};
+
+// Rows of x as they are multiplied, in a call's workspace: blocks of 32 rows, [steps][32 rows][64 bytes]; then of each row and
+// group the sum of its x; then, of int8 x, its scale, and what sums of its products start with.
+//
+// A view with everything found out: the compiler would divide anew at each use, as it cannot know what a store may change.
+struct PreparedRows {
+    char* x;
+    float *sums, *scales;
+    int32_t* starts;
+    int64_t groups, block_bytes;
+
+    PreparedRows(const QuantizedFormat& format, void* workspace, int64_t m)
+        : x((char*)workspace), groups(format.groups()), block_bytes(format.steps() * kStepBytes) {
+        int64_t num_sums = format.padded_rows(m) * groups;
+        sums = (float*)(x + format.x_bytes(m));
+        scales = sums + num_sums;
+        starts = (int32_t*)(scales + num_sums);
+    }
+    // A row of x in the first step, and how far it is to the next one.
+    char* row(int64_t number) const { return x + number / kBlock * block_bytes + number % kBlock * kRowBytes; }
+    static constexpr int64_t kStepBytes = kBlock * kRowBytes;
 };
 
 struct QuantizedLinear {
@@ -59,15 +81,7 @@ struct QuantizedLinear {
     int64_t num_tokens() const { return target.m; }
     bool is_large() const { return true; }
 
-    // The workspace: x in blocks of 32 rows, [steps][32 rows][64 bytes]; then of each row and group the sum of its x, float or
-    // int32; then of int8 x its scale.
-    char* x() const { return (char*)target.workspace; }
-    float* sums() const { return (float*)(x() + format.x_bytes(target.m)); }
-    int32_t* int_sums() const { return (int32_t*)sums(); }
-    float* scales() const { return (float*)(x() + format.x_bytes(target.m) + format.sum_bytes(target.m)); }
-    // A row of x in the first step, and how far it is to the next one.
-    char* x_row(int64_t row) const { return x() + (row / kBlock * format.steps() * kBlock + row % kBlock) * kRowBytes; }
-    static constexpr int64_t kStepBytes = kBlock * kRowBytes;
+    PreparedRows prepared() const { return PreparedRows(format, target.workspace, target.m); }
 };
 
 // A run of segments that belong to one group.
@@ -87,6 +101,11 @@ inline void for_each_piece(const QuantizedFormat& format, int64_t begin, int64_t
         visit(Piece{group, at, stop, at == group * size, stop == group_end});
         at = stop;
     }
+}
+
+// The header of a group, in its panel.
+inline const uint8_t* header_at(const QuantizedFormat& format, const uint8_t* panel, int64_t group) {
+    return panel + group * (format.header_bytes() + format.group_size / kSegment * format.segment_bytes());
 }
 
 // A segment of a group, in its panel.

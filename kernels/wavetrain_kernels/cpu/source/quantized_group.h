@@ -2,6 +2,8 @@
 // What becomes of the sums of a group of inputs: its scale and its offset, once for each sum.
 #pragma once
 
+#include <type_traits>
+
 #include "quantized_format.h"
 #include "quantized_integers.h"
 
@@ -21,8 +23,9 @@ struct Correction {
 struct Group {
     Floats scales[2], offsets[2];
 
-    Group(const QuantizedFormat& format, const uint8_t* panel, int64_t number, float factor) {
-        const uint8_t* header = panel + number * format.group_bytes();
+    // A call would put the sums of the rows into memory and take them back.
+    __attribute__((always_inline)) Group(const QuantizedFormat& format, const uint8_t* panel, int64_t number, float factor) {
+        const uint8_t* header = header_at(format, panel, number);
         for (int half = 0; half < 2; ++half) {
             Floats scale = format.has_half_scales ? load_half((const uint16_t*)header + half * kTile)
                                                   : load((const float*)header + half * kTile);
@@ -33,33 +36,49 @@ struct Group {
     }
 };
 
-// Adds a row's sums of 32 outputs in a group to its totals. x_sum: of what they are sums of.
-inline void add_group(const QuantizedLinear& op, const Group& group, const Correction& left, int64_t number, int64_t row,
-                      const Floats sums[2], float* totals) {
-    bool has_offsets = op.format.has_offsets != 0;
-    Floats x_sum = broadcast(left.halves || has_offsets ? op.sums()[row * op.format.groups() + number] : 0.0f);
+// Adds a row's sums of 32 outputs in a group to its totals; its scale is that of integers.
+template <bool kHasOffsets>
+inline void add_row(const Group& group, const Correction& left, float, float x_sum, const Floats sums[2], float* totals) {
     for (int half = 0; half < 2; ++half) {
-        Floats total = number ? load(totals + half * kTile) : broadcast(0.0f), product = sums[half];
-        if (left.halves) product = fma(broadcast(-0.5f * (float)left.halves), x_sum, product);
-        total = fma(product, group.scales[half], total);
-        if (has_offsets) total = sub(total, mul(group.offsets[half], x_sum));
+        Floats product = sums[half];
+        if (left.halves) product = fma(broadcast(-0.5f * (float)left.halves), broadcast(x_sum), product);
+        Floats total = fma(product, group.scales[half], load(totals + half * kTile));
+        if (kHasOffsets) total = sub(total, mul(group.offsets[half], broadcast(x_sum)));
         store(totals + half * kTile, total);
     }
 }
 
-inline void add_group(const QuantizedLinear& op, const Group& group, const Correction& left, int64_t number, int64_t row,
-                      const Ints sums[2], float* totals) {
-    int64_t at = row * op.format.groups() + number;
-    int32_t x_sum = op.int_sums()[at];
-    Floats x_scale = broadcast(op.scales()[at]);
-    // Unsigned, as rows past the last one hold anything.
-    int32_t centers = (int32_t)((uint32_t)left.halves / 2 * (uint32_t)x_sum);
+// The same of integers, which started with what their center makes of x.
+template <bool kHasOffsets>
+inline void add_row(const Group& group, const Correction&, float x_scale, float x_sum, const Ints sums[2], float* totals) {
     for (int half = 0; half < 2; ++half) {
-        Floats total = number ? load(totals + half * kTile) : broadcast(0.0f);
-        Floats product = mul(to_floats(sub(sums[half], centers)), group.scales[half]);
-        if (op.format.has_offsets) product = sub(product, mul(group.offsets[half], broadcast((float)x_sum)));
-        store(totals + half * kTile, fma(product, x_scale, total));
+        Floats scale = mul(group.scales[half], broadcast(x_scale));
+        Floats total = fma(to_floats(sums[half]), scale, load(totals + half * kTile));
+        if (kHasOffsets) total = sub(total, mul(group.offsets[half], broadcast(x_sum)));
+        store(totals + half * kTile, total);
     }
+}
+
+// Adds the sums of kRows rows from `row` on in group `number` to their totals [kRows, 32].
+template <bool kHasOffsets, int kRows, typename Sum>
+inline void add_rows(const PreparedRows& rows, const Group& group, const Correction& left, int64_t number, int64_t row,
+                     const Sum (&sums)[kRows][2], float* totals) {
+    constexpr bool kIsInt = std::is_same_v<Sum, Ints>;
+    int64_t stride = rows.groups, at = row * stride + number;
+    const float *x_sums = rows.sums + at, *x_scales = rows.scales + at;
+    bool needs_sum = kHasOffsets || (!kIsInt && left.halves);
+    // Unrolled, as the sums are in registers.
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+        add_row<kHasOffsets>(group, left, kIsInt ? x_scales[i * stride] : 1.0f, needs_sum ? x_sums[i * stride] : 0.0f, sums[i],
+                             totals + i * kPanel);
+}
+
+template <int kRows, typename Sum>
+inline void add_group(const PreparedRows& rows, const Group& group, const Correction& left, int64_t number, int64_t row,
+                      bool has_offsets, const Sum (&sums)[kRows][2], float* totals) {
+    if (has_offsets) add_rows<true>(rows, group, left, number, row, sums, totals);
+    else add_rows<false>(rows, group, left, number, row, sums, totals);
 }
 
 }  // namespace wavetrain

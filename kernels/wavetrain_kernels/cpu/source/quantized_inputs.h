@@ -9,23 +9,22 @@
 namespace wavetrain {
 
 // The sums of a row's bf16 in each group.
-inline void sum_groups(const QuantizedLinear& op, int64_t row) {
-    const QuantizedFormat& format = op.format;
-    const char* x = op.x_row(row);
-    float* sums = op.sums() + row * format.groups();
+inline void sum_groups(const QuantizedFormat& format, const PreparedRows& rows, int64_t row) {
+    const char* x = rows.row(row);
+    float* sums = rows.sums + row * rows.groups;
     for_each_piece(format, 0, format.segments(), [&](const Piece& piece) {
         Floats total = broadcast(0.0f);
         for (int64_t at = piece.begin; at < piece.end; ++at)
-            total = add(total, load((const bf16*)(x + at / 2 * op.kStepBytes + at % 2 * 32)));
+            total = add(total, load((const bf16*)(x + at / 2 * rows.kStepBytes + at % 2 * 32)));
         sums[piece.group] = sum(total);
     });
 }
 
-inline void pack_in_order(const QuantizedLinear& op, int64_t row) {
+inline void pack_in_order(const QuantizedLinear& op, const PreparedRows& rows, int64_t row) {
     constexpr int64_t kInputs = kRowBytes / (int64_t)sizeof(bf16);
     const bf16* x = (const bf16*)op.target.x + row * op.target.x_stride;
-    char* to = op.x_row(row);
-    for (int64_t at = 0; at < op.format.k; at += kInputs, to += op.kStepBytes) {
+    char* to = rows.row(row);
+    for (int64_t at = 0; at < op.format.k; at += kInputs, to += rows.kStepBytes) {
         bf16* line = (bf16*)to;
         int64_t count = op.format.k - at < kInputs ? op.format.k - at : kInputs;
         for (int64_t i = 0; i < count; ++i) line[i] = x[op.order[at + i]];
@@ -87,19 +86,12 @@ inline int32_t sum(Ints a) {
     return total;
 }
 
-inline Ints add(Ints a, Ints b) {
-#if defined(__AVX512F__)
-    return {_mm512_add_epi32(a.v, b.v)};
-#else
-    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
-#endif
-}
-
-// A row of int8, its scales and its sums.
-inline void quantize_row(const QuantizedLinear& op, int64_t row) {
+// A row of int8, its scales and its sums, and what sums of products with a weight plus its center start with.
+inline void quantize_row(const QuantizedLinear& op, const PreparedRows& rows, int64_t row) {
     const QuantizedFormat& format = op.format;
     const float* x = widen_row(op, row);
-    char* to = op.x_row(row);
+    char* to = rows.row(row);
+    int32_t center = format.is_four_bit() ? Int4Quads::center() : Int8Quads::center();
     int64_t input_groups = ceil_div(format.k, format.input_group_size);
     int64_t each = format.input_group_size / format.group_size;   // groups of the weight in one of the inputs
     float scale = 0.0f;
@@ -109,24 +101,28 @@ inline void quantize_row(const QuantizedLinear& op, int64_t row) {
             int64_t end = input_groups == 1 || begin + format.input_group_size > whole ? whole : begin + format.input_group_size;
             scale = scale_of(op, x + begin, end - begin);
         }
-        Ints total = QuadSource::zero();
+        Ints total = broadcast_ints(0);
         for (int64_t at = piece.begin; at < piece.end; ++at)
-            total = add(total, round_inputs((int8_t*)to + at / 4 * op.kStepBytes + at % 4 * kSegment, x + at * kSegment, scale));
-        op.int_sums()[row * format.groups() + piece.group] = sum(total);
-        op.scales()[row * format.groups() + piece.group] = scale;
+            total = add(total, round_inputs((int8_t*)to + at / 4 * rows.kStepBytes + at % 4 * kSegment, x + at * kSegment, scale));
+        int64_t place = row * rows.groups + piece.group;
+        int32_t x_sum = sum(total);
+        rows.sums[place] = (float)x_sum * scale;
+        rows.scales[place] = scale;
+        rows.starts[place] = -center * x_sum;
     });
 }
 
 // Makes rows [begin, end) of x into what is multiplied.
 inline void prepare_rows(const QuantizedLinear& op, int64_t begin, int64_t end, bool needs_sums) {
+    PreparedRows rows = op.prepared();
     if (op.format.has_int_inputs) {
-        for (int64_t row = begin; row < end; ++row) quantize_row(op, row);
+        for (int64_t row = begin; row < end; ++row) quantize_row(op, rows, row);
         return;
     }
     if (!op.order) pack_rows(op.target.workspace, op.target.x, op.target.x_stride, begin, end, op.format.k);
     for (int64_t row = begin; row < end; ++row) {
-        if (op.order) pack_in_order(op, row);
-        if (needs_sums) sum_groups(op, row);
+        if (op.order) pack_in_order(op, rows, row);
+        if (needs_sums) sum_groups(op.format, rows, row);
     }
 }
 

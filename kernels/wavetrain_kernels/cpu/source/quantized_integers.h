@@ -13,8 +13,9 @@ struct Ints {
     __m512i v;
 };
 inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints broadcast_ints(int32_t a) { return {_mm512_set1_epi32(a)}; }
 inline void store(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
-inline Ints sub(Ints a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 #else
 struct Ints {
@@ -23,14 +24,12 @@ struct Ints {
 inline Ints load_ints(const int32_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
 }
+inline Ints broadcast_ints(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 inline void store(int32_t* p, Ints a) {
     _mm256_storeu_si256((__m256i*)p, a.low);
     _mm256_storeu_si256((__m256i*)p + 1, a.high);
 }
-inline Ints sub(Ints a, int32_t b) {
-    __m256i both = _mm256_set1_epi32(b);
-    return {_mm256_sub_epi32(a.low, both), _mm256_sub_epi32(a.high, both)};
-}
+inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 #endif
 
@@ -89,11 +88,7 @@ struct QuadSource {
     using Sum = Ints;
     using Input = QuadInput;
     using Weights = Quads;
-    static Sum zero() { return load_ints(kZeros); }
     static Input input(int32_t x) { return quad_input(x); }
-
-  private:
-    static constexpr int32_t kZeros[kLanes] = {};
 };
 
 // A unit is two lines, of a half each; of each output four bytes, each value plus 128.

@@ -15,7 +15,7 @@ constexpr int kAhead = 4096;   // bytes of a panel that are asked for before the
 template <typename Data, int kRows, int kPanels, int kAhead>
 inline void multiply_segment(typename Data::Sum (&sums)[kPanels][kRows][2], const Data& data, const char* x, const uint8_t* b,
                              int64_t panel_stride) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int unit = 0; unit < Data::kUnits; ++unit) {
         typename Data::Weights weights[kPanels][2];
         for (int panel = 0; panel < kPanels; ++panel) {
@@ -26,6 +26,7 @@ inline void multiply_segment(typename Data::Sum (&sums)[kPanels][kRows][2], cons
                     _mm_prefetch((const char*)from + unit * kUnitBytes + line + kAhead, _MM_HINT_T0);
             data.decode(weights[panel], from, unit);
         }
+#pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
             int32_t four;
             memcpy(&four, x + row * kRowBytes + unit * 4, sizeof four);
@@ -35,6 +36,13 @@ inline void multiply_segment(typename Data::Sum (&sums)[kPanels][kRows][2], cons
                     sums[panel][row][half] = multiply(sums[panel][row][half], input, weights[panel][half]);
         }
     }
+}
+
+// What the sums of a row and a group, number `at` of all, start with.
+template <typename Sum>
+inline Sum start_of(const PreparedRows& rows, int64_t at) {
+    if constexpr (std::is_same_v<Sum, Ints>) return broadcast_ints(rows.starts[at]);
+    else return broadcast(0.0f);
 }
 
 // Where sums are put while other rows are computed.
@@ -49,7 +57,8 @@ inline void store_sum(float* p, Ints x) { store((int32_t*)p, x); }
 // Rows of x against segments of panels: those of the weight, or decoded ones.
 template <typename Data>
 struct Product {
-    const QuantizedLinear& op;
+    const QuantizedFormat& format;
+    const PreparedRows& rows;
     const Data& data;
     Correction left;
     const uint8_t* panel;     // the first one
@@ -58,47 +67,55 @@ struct Product {
     int64_t row;              // the first one
 
     const uint8_t* at(int64_t group, int64_t segment) const {
-        return decoded ? decoded + (segment - first_segment) * Data::kBytes : segment_at(op.format, panel, group, segment);
+        return decoded ? decoded + (segment - first_segment) * Data::kBytes : segment_at(format, panel, group, segment);
     }
 
     // totals [kPanels][kBlock][32] and partial sums [kRows][32] of the rows of one piece.
     template <int kRows, int kPanels, int kAhead>
     void run_piece(const Piece& piece, float* totals, float* partial) const {
         constexpr int kInSteps = kRowBytes / (4 * Data::kUnits);   // segments of a step
-        int64_t panel_stride = op.format.panel_bytes();
-        typename Data::Sum sums[kPanels][kRows][2];
-        for (int p = 0; p < kPanels; ++p)
-            for (int i = 0; i < kRows; ++i)
-                for (int half = 0; half < 2; ++half)
-                    sums[p][i][half] =
-                        piece.is_first ? Data::zero() : load_sum<typename Data::Sum>(partial + i * kPanel + half * kTile);
-        const char* x = op.x_row(row);
+        using Sum = typename Data::Sum;
+        int64_t panel_stride = kPanels == 1 ? 0 : format.panel_bytes();
+        Sum sums[kPanels][kRows][2];
+        // Loops over rows are unrolled: indexed by a variable, sums would lie in memory.
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                Sum start = piece.is_first ? start_of<Sum>(rows, (row + i) * rows.groups + piece.group)
+                                           : load_sum<Sum>(partial + i * kPanel + half * kTile);
+                for (int p = 0; p < kPanels; ++p) sums[p][i][half] = start;
+            }
+        const char* x = rows.row(row);
         const uint8_t* b = at(piece.group, piece.begin);
         for (int64_t segment = piece.begin; segment < piece.end; ++segment, b += Data::kBytes) {
-            const char* here = x + segment / kInSteps * op.kStepBytes + segment % kInSteps * 4 * Data::kUnits;
+            const char* here = x + segment / kInSteps * rows.kStepBytes + segment % kInSteps * 4 * Data::kUnits;
             multiply_segment<Data, kRows, kPanels, kAhead>(sums, data, here, b, panel_stride);
         }
         if (!piece.is_last) {
+#pragma GCC unroll 8
             for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
                 for (int half = 0; half < 2; ++half) store_sum(partial + i * kPanel + half * kTile, sums[0][i][half]);
             return;
         }
         for (int p = 0; p < kPanels; ++p) {
-            Group group(op.format, panel + p * panel_stride, piece.group, left.factor);
-            float* to = totals + p * kBlock * kPanel;
-            for (int i = 0; i < kRows; ++i) add_group(op, group, left, piece.group, row + i, sums[p][i], to + i * kPanel);
+            Group group(format, panel + p * panel_stride, piece.group, left.factor);
+            add_group(rows, group, left, piece.group, row, format.has_offsets, sums[p], totals + p * kBlock * kPanel);
         }
     }
 
     template <int kRows, int kPanels, int kAhead>
     void run(int64_t begin, int64_t end, float* totals, float* partial) const {
-        for_each_piece(op.format, begin, end, [&](const Piece& piece) { run_piece<kRows, kPanels, kAhead>(piece, totals, partial); });
+        if (begin == 0)
+            for (int p = 0; p < kPanels; ++p) memset(totals + p * kBlock * kPanel, 0, kRows * kPanel * sizeof(float));
+        for_each_piece(format, begin, end, [&](const Piece& piece) { run_piece<kRows, kPanels, kAhead>(piece, totals, partial); });
     }
 
     // `rows` rows of one panel, as many at once as registers hold.
     template <int kAhead>
-    void run_rows(int64_t rows, int64_t begin, int64_t end, float* totals, float* partial) const {
-        switch (rows) {
+    void run_rows(int64_t count, int64_t begin, int64_t end, float* totals, float* partial) const {
+        switch (count) {
             case 1: case 2: return run<2, 1, kAhead>(begin, end, totals, partial);
 #if defined(__AVX512F__)
             case 3: case 4: return run<4, 1, kAhead>(begin, end, totals, partial);
@@ -115,7 +132,8 @@ inline int64_t multiply_few_rows(const QuantizedLinear& op, const Source& source
                                  int64_t panel, int64_t panels) {
     constexpr int kTogether = kRowsAtOnce == 8 ? 4 : 2;
     const uint8_t* start = op.packed + panel * op.format.panel_bytes();
-    Product<Source> product{op, source, Correction(source), start, nullptr, 0, row};
+    PreparedRows rows = op.prepared();
+    Product<Source> product{op.format, rows, source, Correction(source), start, nullptr, 0, row};
     int64_t segments = op.format.segments(), done = 1;
     if (count == 1 && panels >= kTogether) {
         product.template run<1, kTogether, kAhead / kTogether>(0, segments, totals, nullptr);
@@ -152,6 +170,7 @@ inline void multiply_many_rows(const QuantizedLinear& op, const Source& source, 
     constexpr bool kIsDecoded = !Source::kIsInt && sizeof(Pairs) > 64;
     constexpr int64_t kSegments = kIsDecoded ? kDecodedBytes / 2 / DecodedPairs::kBytes : kStreamBytes / Source::kBytes;
     Correction left(source);
+    PreparedRows prepared = op.prepared();
     const uint8_t* start = op.packed + panel * op.format.panel_bytes();
     int64_t segments = op.format.segments();
     for (int64_t begin = 0; begin < segments; begin += kSegments) {
@@ -161,10 +180,10 @@ inline void multiply_many_rows(const QuantizedLinear& op, const Source& source, 
             int64_t rows = count - i < kRowsAtOnce ? count - i : kRowsAtOnce;
             float *sums = totals + i * kPanel, *parts = partial + i * kPanel;
             if constexpr (kIsDecoded)
-                Product<DecodedPairs>{op, DecodedPairs(), left, start, decoded, begin, row + i}.template run_rows<0>(
+                Product<DecodedPairs>{op.format, prepared, DecodedPairs(), left, start, decoded, begin, row + i}.template run_rows<0>(
                     rows, begin, end, sums, parts);
             else
-                Product<Source>{op, source, left, start, nullptr, 0, row + i}.template run_rows<kAhead>(
+                Product<Source>{op.format, prepared, source, left, start, nullptr, 0, row + i}.template run_rows<kAhead>(
                     rows, begin, end, sums, parts);
             if (end == segments) finish_panel(op.target, sums, row + i, rows, panel);
         }

@@ -10,52 +10,10 @@ namespace wavetrain {
 
 constexpr int64_t kDecodedTileBytes = 2 * kTileElements * (int64_t)sizeof(bf16);   // of both halves of a step
 
-// partial [kTiles * 16, 32] (+)= tiles of A times decoded tiles.
+// partial [kTiles * 16, 32] (+)= tiles of A times decoded tiles, the two halves' rows taking turns.
 template <bool kIsInt, int kTiles>
 inline void multiply_decoded(float* partial, const char* a, const uint8_t* b, int64_t steps, bool is_first) {
-    constexpr int64_t kStride = kPanel * sizeof(float);
-    if (is_first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (kTiles == 2) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    } else {
-        _tile_loadd(0, partial, kStride);
-        _tile_loadd(1, partial + kTile, kStride);
-        if (kTiles == 2) {
-            _tile_loadd(2, partial + kTile * kPanel, kStride);
-            _tile_loadd(3, partial + kTile * kPanel + kTile, kStride);
-        }
-    }
-    for (int64_t step = 0; step < steps; ++step, a += QuantizedLinear::kStepBytes, b += kDecodedTileBytes) {
-        _tile_loadd(4, a, kRowBytes);
-        _tile_loadd(6, b, 128);
-        _tile_loadd(7, b + 64, 128);
-        if (kTiles == 2) _tile_loadd(5, a + kTile * kRowBytes, kRowBytes);
-        if constexpr (kIsInt) {
-            _tile_dpbsud(0, 4, 6);
-            _tile_dpbsud(1, 4, 7);
-            if (kTiles == 2) {
-                _tile_dpbsud(2, 5, 6);
-                _tile_dpbsud(3, 5, 7);
-            }
-        } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (kTiles == 2) {
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-    }
-    _tile_stored(0, partial, kStride);
-    _tile_stored(1, partial + kTile, kStride);
-    if (kTiles == 2) {
-        _tile_stored(2, partial + kTile * kPanel, kStride);
-        _tile_stored(3, partial + kTile * kPanel + kTile, kStride);
-    }
+    multiply_tiles<kIsInt, kTiles, 0, 128, 64>(partial, a, (const char*)b, steps, is_first);
 }
 
 inline void store_decoded(uint8_t* to, Pairs weights) { store(to, weights); }
@@ -97,21 +55,26 @@ inline uint8_t* decode_tiles(const QuantizedLinear& op, const Source& source, ui
 
 // A piece of a group, times at most 32 rows; the totals get it when the group is done.
 template <typename Source>
-inline void multiply_piece(const QuantizedLinear& op, const Correction& left, const Piece& piece, const uint8_t* panel, const uint8_t* tiles,
-                           int64_t row, int64_t rows, float* totals, float* partial) {
+inline void multiply_piece(const QuantizedFormat& format, const PreparedRows& prepared, const Correction& left, const Piece& piece,
+                           const uint8_t* panel, const uint8_t* tiles, int64_t row, int64_t rows, float* totals, float* partial) {
     TileRange<Source> range(piece);
-    const char* a = op.x_row(row) + range.begin * op.kStepBytes;
+    const char* a = prepared.row(row) + range.begin * prepared.kStepBytes;
     if (rows > kTile) multiply_decoded<Source::kIsInt, 2>(partial, a, tiles, range.end - range.begin, piece.is_first);
     else multiply_decoded<Source::kIsInt, 1>(partial, a, tiles, range.end - range.begin, piece.is_first);
     if (!piece.is_last) return;
-    Group group(op.format, panel, piece.group, left.factor);
+    Group group(format, panel, piece.group, left.factor);
+    if (piece.group == 0) memset(totals, 0, (size_t)(rows * kPanel) * sizeof(float));
     for (int64_t i = 0; i < rows; ++i) {
         const float* from = partial + i * kPanel;
-        typename Source::Sum sums[2];
+        typename Source::Sum sums[1][2];
         for (int half = 0; half < 2; ++half)
-            if constexpr (Source::kIsInt) sums[half] = load_ints((const int32_t*)from + half * kTile);
-            else sums[half] = load(from + half * kTile);
-        add_group(op, group, left, piece.group, row + i, sums, totals + i * kPanel);
+            if constexpr (Source::kIsInt) {
+                Ints start = broadcast_ints(prepared.starts[(row + i) * prepared.groups + piece.group]);
+                sums[0][half] = add(start, load_ints((const int32_t*)from + half * kTile));
+            } else {
+                sums[0][half] = load(from + half * kTile);
+            }
+        add_group(prepared, group, left, piece.group, row + i, format.has_offsets, sums, totals + i * kPanel);
     }
 }
 
@@ -120,6 +83,7 @@ template <typename Source>
 inline void multiply_on_tiles(const QuantizedLinear& op, const Source& source, float* totals, float* partial, uint8_t* decoded,
                               int64_t row, int64_t count, int64_t panel) {
     constexpr int64_t kInTile = TileRange<Source>::kSegments;
+    PreparedRows prepared = op.prepared();
     const uint8_t* start = op.packed + panel * op.format.panel_bytes();
     // Of groups that do not fill tiles each needs its own, of which there is room for 16.
     int64_t segments = op.format.segments(), at_once = op.format.group_segments() % kInTile ? 8 : 8 * kInTile;
@@ -131,7 +95,7 @@ inline void multiply_on_tiles(const QuantizedLinear& op, const Source& source, f
             int64_t rows = count - i < kBlock ? count - i : kBlock;
             const uint8_t* tiles = decoded;
             for_each_piece(op.format, begin, end, [&](const Piece& piece) {
-                multiply_piece<Source>(op, Correction(source), piece, start, tiles, row + i, rows,
+                multiply_piece<Source>(op.format, prepared, Correction(source), piece, start, tiles, row + i, rows,
                                        totals + i * kPanel, partial + i * kPanel);
                 TileRange<Source> range(piece);
                 tiles += (range.end - range.begin) * kDecodedTileBytes;

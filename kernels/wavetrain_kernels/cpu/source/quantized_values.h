@@ -60,7 +60,6 @@ struct PairSource {
     using Sum = Floats;
     using Input = PairInput;
     using Weights = Pairs;
-    static Sum zero() { return broadcast(0.0f); }
     static Input input(int32_t x) { return pair_input(x); }
 };
 
