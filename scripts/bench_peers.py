@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wavetrain beside openvino-genai, vLLM, transformers and NVIDIA's vllm_backend, in one interleaved run.
 
-    scripts/bench_peers                                        sets everything up, measures every part: 15 minutes
+    scripts/bench_peers                                        sets everything up, measures every part: 25 minutes
     scripts/bench_peers --parts 129m,1b --rounds 3 -- --max-num-batched-tokens 4096
     scripts/bench_peers --parts 129m --engines wavetrain,openvino --out /tmp/trial
     scripts/bench_peers --parts none                           only writes tables and plot anew
@@ -13,6 +13,8 @@ time is looked at. Before anything is timed, every engine's greedy tokens are ju
 
     129m, 1b     whole cases, in seconds: the tables
     decode       a decoding step of the 1B shape at batch 1 and 16, beside the memory's speed at the size of its weights
+    129m-quantized, 1b-quantized
+                 whole cases: our engine in bfloat16, and both engines with weights in 8 and in 4 bits
     batch        129M shape, 64 tokens in and out, by the number of requests
     context      a decoding step of the 129M shape with 16 requests, by the length of their context
     served       through the Triton server: our `llm` and NVIDIA's vllm_backend, by perf_analyzer
@@ -24,6 +26,7 @@ were not measured; tables and plot beside it are made from that file.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -43,7 +46,11 @@ from peers.tables import write_tables
 from peers.vllm_backend import measure_served
 
 ENGINES = ("wavetrain", "openvino", "vllm", "transformers")
+# The same with weights in few bits: of each precision ours and theirs.
+PRECISIONS = ("int8", "int4")
+QUANTIZED = tuple(f"{engine}-{precision}" for precision in PRECISIONS for engine in ("wavetrain", "openvino"))
 MEMORY = "memory"
+_KEYS = (*ENGINES, *QUANTIZED, MEMORY)
 LOGS = REPORTS / "peers"
 # Batches and contexts of the plots; the outputs at a context are its last tokens.
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -55,6 +62,8 @@ _MAX_IDLE_SHARE = 0.05
 _TICKS_S = 0.05
 # A token of a bfloat16 engine may be float32's second choice; one this far below the first is wrong.
 _MAX_GAP = 0.1
+# Of random weights rounding to few bits changes a lot: what a wrong kernel would say lies about 4 below.
+_MAX_QUANTIZED_GAP = 2.0
 _JUDGED = Case(4, 64, 16)
 
 
@@ -65,6 +74,7 @@ class Part:
     Attributes:
         what: the workers' command: run or decode.
         engines: who takes part where nobody else was asked for; memory always does.
+        is_quantized: weights in few bits are among the engines; they are loaded for such parts alone.
         rounds: at most, where no number was asked for.
         seconds: a case begins no round beyond this, once it has had `least` rounds.
     """
@@ -74,6 +84,7 @@ class Part:
     what: str
     cases: tuple[Case, ...]
     engines: tuple[str, ...] = ENGINES
+    is_quantized: bool = False
     rounds: int = 4
     least: int = 3
     seconds: float = 45.0
@@ -108,6 +119,13 @@ PARTS = (
         rounds=4,
     ),
 )
+PARTS += tuple(
+    dataclasses.replace(
+        part, name=f"{part.name}-quantized", engines=("wavetrain", *QUANTIZED), is_quantized=True, seconds=90
+    )
+    for part in PARTS
+    if part.name in ("129m", "1b")
+)
 SERVED, SERVED_ROUNDS = "served", 3
 
 
@@ -122,11 +140,11 @@ class Bench:
 
     def run(self, parts: Sequence[Part]) -> None:
         """Measures the parts, one model after the other."""
-        for model in dict.fromkeys(part.model for part in parts):
-            chosen = [part for part in parts if part.model == model]
-            keys = [key for key in (*ENGINES, MEMORY) if any(key in self._engines(part) for part in chosen)]
+        for model, is_quantized in dict.fromkeys((part.model, part.is_quantized) for part in parts):
+            chosen = [part for part in parts if (part.model, part.is_quantized) == (model, is_quantized)]
+            keys = [key for key in _KEYS if any(key in self._engines(part) for part in chosen)]
             with self._workers(model, keys) as workers:
-                self._judge(model, [worker for worker in workers if worker.key != MEMORY])
+                self._judge(model, is_quantized, [worker for worker in workers if worker.key != MEMORY])
                 for part in chosen:
                     takers = [worker for worker in workers if worker.key in self._engines(part)]
                     for case in part.cases:
@@ -134,7 +152,9 @@ class Bench:
 
     def _engines(self, part: Part) -> list[str]:
         asked = self._args.engines or part.engines
-        return [key for key in (*ENGINES, MEMORY) if key in (asked if key != MEMORY else part.engines)]
+        if part.is_quantized:  # more are not to be had there
+            return [key for key in part.engines if key in asked or key.partition("-")[0] in asked]
+        return [key for key in _KEYS if key in (asked if key != MEMORY else part.engines)]
 
     @contextmanager
     def _workers(self, model: str, keys: Sequence[str]) -> Iterator[list[EngineWorker]]:
@@ -152,8 +172,10 @@ class Bench:
     def _command(self, key: str, model: str) -> list[str]:
         checkpoint = self._peers / "models" / model
         programs = ROOT / "scripts" / "peers"
-        if key == "wavetrain":
-            program = [sys.executable, str(ROOT / "scripts" / "bench_engine.py"), "--model", str(checkpoint)]
+        engine, _, precision = key.partition("-")
+        suffix = f"-{precision}" if precision else ""
+        if engine == "wavetrain":
+            program = [sys.executable, str(ROOT / "scripts" / "bench_engine.py"), "--model", f"{checkpoint}{suffix}"]
             return [*program, "--worker", *self._args.engine_flags]
         if key == MEMORY:
             size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
@@ -161,11 +183,11 @@ class Bench:
             return [str(self._peers / "read_bandwidth"), str(size), str(threads)]
         if key == "transformers":
             return [sys.executable, str(programs / "peer_transformers.py"), "--model", str(checkpoint), "--worker"]
-        python = str(self._peers / key / "bin" / "python")
-        path = f"{checkpoint}-openvino" if key == "openvino" else str(checkpoint)
-        return [python, str(programs / f"peer_{key}.py"), "--model", path, "--worker"]
+        python = str(self._peers / engine / "bin" / "python")
+        path = f"{checkpoint}-openvino{suffix}" if engine == "openvino" else str(checkpoint)
+        return [python, str(programs / f"peer_{engine}.py"), "--model", path, "--worker"]
 
-    def _judge(self, model: str, workers: Sequence[EngineWorker]) -> None:
+    def _judge(self, model: str, is_quantized: bool, workers: Sequence[EngineWorker]) -> None:
         """Ends the run where an engine's tokens are not what the model says."""
         answers = [worker.ask(do="tokens", case=str(_JUDGED), seed=7) for worker in workers]
         judge = [sys.executable, str(ROOT / "scripts" / "peers" / "float32_judge.py")]
@@ -179,10 +201,11 @@ class Bench:
         for worker, line in zip(workers, done.stdout.splitlines(), strict=True):
             verdict = json.loads(line)
             _say(f"{model}: {worker.key} against float32: {line}")
-            if verdict["worst_gap"] > _MAX_GAP:
+            if verdict["worst_gap"] > (_MAX_QUANTIZED_GAP if worker.key in QUANTIZED else _MAX_GAP):
                 raise SystemExit(f"{worker.key} computes something else than the model: {line}")
             figures = {name: [value] for name, value in verdict.items()}
-            results.append(Result(f"judged-{model}", worker.key, str(_JUDGED), [], figures, self._where))
+            part = f"judged-{model}{'-quantized' if is_quantized else ''}"
+            results.append(Result(part, worker.key, str(_JUDGED), [], figures, self._where))
         self._results.add(results)
 
     def _measure(

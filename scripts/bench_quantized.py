@@ -48,9 +48,13 @@ def schemes(group_size: int | None) -> dict[str, QuantizationScheme]:
     return {
         "w4a16-g128": QuantizationScheme(values="int4", group_size=128),
         "w4a16-g32-asym": QuantizationScheme(values="int4", group_size=32, has_offsets=True),
-        "w4a8-g128": QuantizationScheme(values="int4", group_size=128, inputs="int8"),
+        "w4a8-g128": QuantizationScheme(values="int4", group_size=128, inputs="int8", input_group_size=128),
+        "w4a8-g32-asym": QuantizationScheme(
+            values="int4", group_size=32, has_offsets=True, inputs="int8", input_group_size=32
+        ),
         "nf4-g64": QuantizationScheme(values="int4", group_size=64, has_codebook=True),
         "w8a16": QuantizationScheme(values="int8", group_size=whole),
+        "w8a8-g128": QuantizationScheme(values="int8", group_size=whole, inputs="int8", input_group_size=128),
         "w8a8": QuantizationScheme(values="int8", group_size=whole, inputs="int8"),
         "fp8": QuantizationScheme(values="fp8", group_size=whole, inputs="fp8"),
     }

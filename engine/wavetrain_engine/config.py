@@ -27,6 +27,7 @@ else:  # pragma: no cover
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _DEVICES = ("auto", "cpu", "cuda")
 _LOAD_FORMATS = ("auto", "dummy")
+_ACTIVATION_DTYPES = ("auto", "model", "int8")
 _KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "int8")
 
 
@@ -53,6 +54,12 @@ class ModelSection:
         "auto",
         "dtype of weights and activations; auto: the checkpoint's, but float16 for bfloat16 on GPUs that lack it",
         choices=_DTYPES,
+    )
+    activation_dtype: str = _option(
+        "auto",
+        "what int4 and int8 weights are multiplied with on a CPU, if the checkpoint does not say so: model: what the "
+        "model computes in; int8: rounded, each token by itself; auto: int8 where that is multiplied faster",
+        choices=_ACTIVATION_DTYPES,
     )
     device: str = _option("auto", "where the model runs; auto: cuda where there is one", choices=_DEVICES)
     cpu_threads: int | None = _option(

@@ -50,6 +50,8 @@ class KernelSet:
             kernels have no form for the weight's scheme
         quantized_linear: (out, x, packed, bias)
         quantized_gated_linear: (out, x, packed, bias, activation)
+        is_faster_in_int8: whether matrix products of integers are so much faster than those of bfloat16 that inputs of
+            quantized weights are worth rounding to int8
         quantized_inputs: norms, gates and projections with 8-bit rows between them; None: there are none
         empty_experts: (num_experts, out_features, in_features, is_gated, dtype, device) -> the data of PackedExperts
         pack_expert: (packed, expert, weight, is_gated)
@@ -96,6 +98,7 @@ class KernelSet:
     pack_quantized: Callable[[QuantizedWeight, torch.dtype, bool], Any | None]
     quantized_linear: Callable[[Tensor, Tensor, Any, Tensor | None], None]
     quantized_gated_linear: Callable[[Tensor, Tensor, Any, Tensor | None, str], None]
+    is_faster_in_int8: bool = False
     quantized_inputs: QuantizedInputKernels | None = None
     empty_experts: Callable[[int, int, int, bool, torch.dtype, torch.device], Tensor]
     pack_expert: Callable[[Tensor, int, Tensor, bool], None]

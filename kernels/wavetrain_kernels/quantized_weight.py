@@ -40,7 +40,7 @@ class QuantizationScheme:
         is_reordered: inputs are grouped in another order than they come in (act-order).
         inputs: what a row of inputs is rounded to before it is multiplied; None: it is not. A kernel set may keep
             inputs finer than this asks for.
-        input_group_size: inputs that share a scale of theirs; None: one scale for each row.
+        input_group_size: inputs that share a scale of theirs, in the order of the values; None: one scale for each row.
         has_input_scale: the scale of the inputs is known beforehand, one for all, and not found for each row.
     """
 

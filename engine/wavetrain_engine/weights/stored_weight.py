@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wavetrain_engine.quantization.decode import decode
+from wavetrain_engine.quantization.int8_inputs import with_int8_inputs
 from wavetrain_engine.quantization.layer_tensors import LayerTensors
 from wavetrain_engine.quantization.stored_format import StoredFormat
 from wavetrain_engine.tensor_entry import TensorEntry
@@ -125,6 +126,37 @@ class StoredLayer:
         """Returns the weight."""
         tensors = {name: reader.read_new(entry) for name, entry in self.entries.items()}
         return decode(self.format, LayerTensors(self.layer, tensors), *self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8InputsWeight:
+    """A weight whose inputs are rounded to int8, if it is stored in integers and says nothing of them."""
+
+    stored: StoredWeight
+
+    @property
+    def num_bytes(self) -> int:
+        """To read."""
+        return self.stored.num_bytes
+
+    @property
+    def position(self) -> tuple[Path, int]:
+        """Where it begins."""
+        return self.stored.position
+
+    @property
+    def scheme(self) -> str | None:
+        """As it is stored."""
+        return self.stored.scheme
+
+    def read(self, reader: TensorReader, out: Tensor) -> None:
+        """Fills `out`."""
+        self.stored.read(reader, out)
+
+    def read_quantized(self, reader: TensorReader) -> QuantizedWeight | None:
+        """Returns the weight."""
+        weight = self.stored.read_quantized(reader)
+        return None if weight is None else with_int8_inputs(weight)
 
 
 def _on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

@@ -35,6 +35,7 @@ from wavetrain_engine.worker.memory import num_kv_blocks
 from wavetrain_engine.worker.model_runner import ModelRunner
 from wavetrain_engine.worker.step_program import record_step
 from wavetrain_kernels.errors import UnsupportedDevice
+from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.ops import choose_kernels
 
 _LOG = logging.getLogger(__name__)
@@ -67,10 +68,11 @@ def load_executor(
     device = _device(config)
     dtype = _dtype(config, model_config, device)
     kernels = _choose_kernels(environment, device)
+    has_int8_inputs = _has_int8_inputs(config, device, dtype, kernels)
     max_model_len = model_config.max_model_len if config.model.max_model_len is None else config.model.max_model_len
     model = create_model(model_config, dtype, device, max_model_len=max_model_len)
     cache_spec = kv_cache_spec(model, config.cache.kv_cache_dtype)
-    weight_bytes = _load_weights(config, model, lambda done, total: report("weights", done, total))
+    weight_bytes = _load_weights(config, model, has_int8_inputs, lambda done, total: report("weights", done, total))
     start = DeviceStart(config, model, cache_spec, generation, max_model_len) if _is_device_resident(device) else None
     bytes_per_block = cache_spec.bytes_per_block(config.cache.block_size)
     num_blocks = num_kv_blocks(
@@ -86,7 +88,7 @@ def load_executor(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         cpu_threads=cpu_threads,
-        kernels=kernels,
+        kernels=kernels.name,
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
         block_size=config.cache.block_size,
@@ -110,12 +112,14 @@ def _is_device_resident(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _load_weights(config: EngineConfig, model: Model, progress: WeightProgress) -> int:
+def _load_weights(config: EngineConfig, model: Model, has_int8_inputs: bool, progress: WeightProgress) -> int:
     """Returns their bytes."""
     if config.model.load_format == "dummy":
         _LOG.warning("the weights are random: --load-format dummy is for measuring")
         return draw_weights(model, progress=progress)
-    return load_weights(model, Path(config.model.model), model.config, progress=progress)
+    return load_weights(
+        model, Path(config.model.model), model.config, has_int8_inputs=has_int8_inputs, progress=progress
+    )
 
 
 def _host_executor(config: EngineConfig, model: Model, cache_spec: KVCacheSpec, facts: EngineFacts) -> Executor:
@@ -167,10 +171,18 @@ def _dtype(config: EngineConfig, model_config: ModelConfig, device: torch.device
     return torch.float16
 
 
-def _choose_kernels(environment: Environment, device: torch.device) -> str:
-    """Returns the name of the set that answers; before the weights are loaded, whose layout may be up to it."""
+def _has_int8_inputs(config: EngineConfig, device: torch.device, dtype: torch.dtype, kernels: KernelSet) -> bool:
+    """Whether inputs of weights in integers are rounded to int8 where the checkpoint does not say so."""
+    wanted = config.model.activation_dtype
+    if wanted == "int8" and device.type != "cpu":
+        raise ConfigError(f"--activation-dtype int8: inputs are rounded so on CPUs only, and the device is {device}")
+    return wanted == "int8" or (wanted == "auto" and kernels.is_faster_in_int8 and dtype is torch.bfloat16)
+
+
+def _choose_kernels(environment: Environment, device: torch.device) -> KernelSet:
+    """Returns the set that answers; before the weights are loaded, whose layout may be up to it."""
     try:
-        return choose_kernels(environment.kernels, device, environment.kernel_cache_dir).name
+        return choose_kernels(environment.kernels, device, environment.kernel_cache_dir)
     except UnsupportedDevice as error:
         raise ConfigError(f"WAVETRAIN_KERNELS={environment.kernels}: {error}") from error
 

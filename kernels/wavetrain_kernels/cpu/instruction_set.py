@@ -15,11 +15,13 @@ class InstructionSet:
         name: as `wavetrain doctor` and the log say it.
         cpu_flags: what /proc/cpuinfo must list.
         compiler_flags: what makes a compiler use it.
+        is_faster_in_int8: as KernelSet has it. On AMX few rows are bound by memory, whatever is multiplied.
     """
 
     name: str
     cpu_flags: frozenset[str]
     compiler_flags: tuple[str, ...]
+    is_faster_in_int8: bool = False
 
 
 _AVX2 = ("avx2", "fma", "f16c")
@@ -28,18 +30,18 @@ _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 _AVX512_BF16 = (*_AVX512, "avx512_vnni", "avx512vbmi", "avx512_bf16")
 
 
-def _level(name: str, *flags: str) -> InstructionSet:
+def _level(name: str, *flags: str, is_faster_in_int8: bool = False) -> InstructionSet:
     # The kernel and the compiler spell some names differently: avx512_bf16 and avx512bf16, amx_tile and amx-tile.
     spelled = [flag.replace("avx512_", "avx512").replace("_", "-") for flag in flags]
-    return InstructionSet(name, frozenset(flags), tuple(f"-m{flag}" for flag in spelled))
+    return InstructionSet(name, frozenset(flags), tuple(f"-m{flag}" for flag in spelled), is_faster_in_int8)
 
 
 # Best first.
 LEVELS = (
     _level("amx", *_AVX2, *_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
-    _level("avx512_bf16", *_AVX2, *_AVX512_BF16),
-    _level("avx512", *_AVX2, *_AVX512),
-    _level("avx2", *_AVX2),
+    _level("avx512_bf16", *_AVX2, *_AVX512_BF16, is_faster_in_int8=True),
+    _level("avx512", *_AVX2, *_AVX512, is_faster_in_int8=True),
+    _level("avx2", *_AVX2, is_faster_in_int8=True),
 )
 
 

@@ -39,7 +39,9 @@ def load_cpu_kernels(cache_dir: Path) -> KernelSet:
     levels = available_levels()
     if not levels:
         raise BuildError("this CPU has none of the instruction sets that fast kernels are written for (AVX2 and up)")
-    kernels = kernels_of(build_library(levels[0], cache_dir))
+    kernels = dataclasses.replace(
+        kernels_of(build_library(levels[0], cache_dir)), is_faster_in_int8=levels[0].is_faster_in_int8
+    )
     _LOG.info("CPU kernels for %s", levels[0].name)
     return kernels
 

@@ -20,7 +20,7 @@ _ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
 _VALUES = {"int4": 0, "int8": 2, "fp8": 3}
 _CODEBOOK = 1
 _SEGMENT = 16
-# Sums of more products of bytes could leave 31 bits: see source/quantized_integers.h.
+# Sums of more products of bytes, those of a group, could leave 31 bits: see source/quantized_integers.h.
 _MOST_INT_INPUTS = 66_000
 
 
@@ -131,7 +131,7 @@ def is_supported(weight: QuantizedWeight) -> bool:
     if scheme.inputs == "int8":
         inputs = min(scheme.input_group_size or num_inputs, num_inputs)
         are_integers = scheme.values != "fp8" and not scheme.has_codebook
-        return are_integers and num_inputs <= _MOST_INT_INPUTS and (inputs == num_inputs or inputs % group == 0)
+        return are_integers and group <= _MOST_INT_INPUTS and (inputs == num_inputs or inputs % group == 0)
     # NaN as a value is the only one that no table of e4m3 has.
     return scheme.values != "fp8" or not bool((weight.values.view(torch.uint8) & 0x7F == 0x7F).any())
 

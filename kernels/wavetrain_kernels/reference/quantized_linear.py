@@ -44,10 +44,14 @@ def quantize_inputs(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]
     """Rounds the rows of x [T, K] as the weight's scheme wants it.
 
     Returns:
-        int8 or float8_e4m3fn [T, K], and the scales [T, ceil(K / input_group_size)] in float32.
+        int8 or float8_e4m3fn [T, K] in the order of the weight's values, and the scales
+        [T, ceil(K / input_group_size)] in float32.
     """
     inputs = weight.scheme.inputs
     assert inputs is not None, "only schemes that round their inputs"
+    if weight.scheme.is_reordered:
+        assert weight.column_order is not None, "a reordered weight has an order"
+        x = x[:, weight.column_order]
     group, largest = weight.scheme.input_group_size or x.shape[1], _LARGEST[inputs]
     wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     if weight.input_scale is None:
@@ -65,7 +69,10 @@ def round_inputs(x: Tensor, weight: QuantizedWeight) -> Tensor:
         return x.float()
     values, scales = quantize_inputs(x, weight)
     group = weight.scheme.input_group_size or x.shape[1]
-    return values.float() * scales.repeat_interleave(group, 1)[:, : x.shape[1]]
+    rounded = values.float() * scales.repeat_interleave(group, 1)[:, : x.shape[1]]
+    if weight.column_order is None:
+        return rounded
+    return torch.empty_like(rounded).index_copy_(1, weight.column_order, rounded)
 
 
 def pack_quantized(weight: QuantizedWeight, _dtype: torch.dtype, _is_gated: bool) -> QuantizedWeight:

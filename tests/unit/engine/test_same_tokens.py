@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fakes.compiled_kernels import are_compiled_kernels_to_be_had
+from fakes.quantized_checkpoints import RECIPES, write_quantized
 from fakes.real_core import RealCore
 from fakes.tiny_checkpoints import TinyCheckpoints
 from wavetrain_engine.request import FinishReason, TokenLogprobs
@@ -158,6 +159,21 @@ def test_over_a_quantized_cache(kv_cache_dtype: str) -> None:
     assert requests.together(core)[:4] == alone
     assert core.core.stats().num_prefix_cache_hit_tokens > hits_before
     core.close()
+
+
+@pytest.mark.parametrize("activation_dtype", ["model", "int8"])
+@pytest.mark.parametrize("name", ["w4a16-g32", "gptq-act-order"])
+def test_of_weights_in_few_bits(checkpoints: TinyCheckpoints, tmp_path: Path, name: str, activation_dtype: str) -> None:
+    """Inputs are rounded by what their own token needs."""
+    source = checkpoints.get("llama", dtype=torch.bfloat16, with_tokenizer=False)
+    quantized, _ = write_quantized(source, tmp_path, RECIPES[name])
+    requests = Requests(quantized, 12, max_tokens=30)
+    alone = requests.alone(6, activation_dtype=activation_dtype)
+    for way in ("two threads", "chunks, tiny pool, one step in flight"):
+        flags = WAYS[way] | ({"num_blocks": 40} if "tiny pool" in way else {})
+        core = requests.core(activation_dtype=activation_dtype, **flags)
+        assert requests.together(core)[:6] == alone
+        core.close()
 
 
 @pytest.mark.parametrize("family", ["llama-bias", "mistral", "qwen2-window", "qwen3", "gemma2", "mixtral", "qwen3-moe"])

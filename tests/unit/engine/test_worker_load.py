@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -19,7 +20,9 @@ from wavetrain_engine.environment import Environment
 from wavetrain_engine.errors import CheckpointError, ConfigError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.plan import StepPlan
+from wavetrain_engine.weights import loader
 from wavetrain_engine.worker.load import load_executor
+from wavetrain_kernels.reference.kernels import REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,46 @@ def test_progress_and_log(checkpoint: Path, caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_dtype_may_be_another(checkpoint: Path, dtype: str) -> None:
     assert load(checkpoint, dtype=dtype).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("activation_dtype", "is_faster", "dtype", "expected"),
+    [
+        ("auto", True, "bfloat16", True),
+        ("auto", False, "bfloat16", False),
+        ("auto", True, "float32", False),
+        ("model", True, "bfloat16", False),
+        ("int8", False, "float32", True),
+    ],
+)
+def test_which_inputs_are_rounded_to_int8(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    activation_dtype: str,
+    is_faster: bool,
+    dtype: str,
+    expected: bool,
+) -> None:
+    seen: list[bool] = []
+
+    def load_weights(*args: Any, has_int8_inputs: bool, **options: Any) -> int:
+        seen.append(has_int8_inputs)
+        return loader.load_weights(*args, **options)
+
+    kernels = dataclasses.replace(REFERENCE, is_faster_in_int8=is_faster)
+    monkeypatch.setattr("wavetrain_engine.worker.load.load_weights", load_weights)
+    monkeypatch.setattr("wavetrain_engine.worker.load.choose_kernels", lambda *_: kernels)
+    load(checkpoint, activation_dtype=activation_dtype, dtype=dtype)
+    assert seen == [expected]
+
+
+def test_a_gpu_rounds_no_inputs_that_the_checkpoint_does_not_round(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wavetrain_engine.worker.load._device", lambda _config: torch.device("cuda"))
+    monkeypatch.setattr("wavetrain_engine.worker.load.choose_kernels", lambda *_: REFERENCE)
+    with pytest.raises(ConfigError, match="--activation-dtype int8: inputs are rounded so on CPUs only"):
+        load(checkpoint, activation_dtype="int8", dtype="float32")
 
 
 def test_too_many_seats_for_the_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,10 @@ GROUPED = {
     ),
     "w8a8-g48": QuantizationScheme(values="int8", group_size=48, inputs="int8", input_group_size=96),
     "w8a8-act-order": QuantizationScheme(
-        values="int8", group_size=16, inputs="int8", has_offsets=True, is_reordered=True
+        values="int8", group_size=16, inputs="int8", input_group_size=32, has_offsets=True, is_reordered=True
     ),
+    "w8a8-in64": QuantizationScheme(values="int8", group_size=1 << 20, inputs="int8", input_group_size=64),
+    "w4a8-in16": QuantizationScheme(values="int4", group_size=16, inputs="int8", input_group_size=16, has_offsets=True),
     "w4a16-g48-asym": QuantizationScheme(values="int4", group_size=48, has_offsets=True),
 }
 
@@ -104,8 +106,6 @@ def test_groups_that_fill_no_tile(name: str):
     for num_rows, num_inputs in ((1, 272), (9, 250), (40, 700)):
         weight = random_quantized(GROUPED[name], 70, num_inputs)
         x = torch.randn(num_rows, num_inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
-        if weight.scheme.is_reordered and weight.scheme.inputs is not None:
-            x = x[:, :1].expand(-1, num_inputs)  # the definition rounds before it reorders: one scale for all
         exact = round_inputs(x, weight).double() @ ops.dequantize(weight).double().T
         result = ops.linear(x, ops.pack_quantized(weight, dtype=x.dtype), dtype=torch.float32)
         torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-4)

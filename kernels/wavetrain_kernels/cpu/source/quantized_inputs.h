@@ -2,6 +2,8 @@
 // What rows of x are made into before they are multiplied with a quantized weight: blocks of bf16 or int8, and sums of groups.
 #pragma once
 
+#include <math.h>
+
 #include "memory.h"
 #include "quantized_format.h"
 #include "quantized_integers.h"
@@ -32,38 +34,46 @@ inline void pack_in_order(const QuantizedLinear& op, const PreparedRows& rows, i
     }
 }
 
-// A row as floats in the weight's order, zeros up to whole steps.
-inline const float* widen_row(const QuantizedLinear& op, int64_t row) {
-    int64_t k = op.format.k, padded = op.format.steps() * op.format.step_inputs(), at = 0;
+// A row in the weight's order, zeros up to whole steps.
+inline const bf16* ordered_row(const QuantizedLinear& op, int64_t row) {
+    int64_t k = op.format.k, padded = op.format.steps() * op.format.step_inputs();
     const bf16* x = (const bf16*)op.target.x + row * op.target.x_stride;
-    float* wide = (float*)thread_memory().reserve(padded * (int64_t)sizeof(float));
-    if (op.order) {
-        for (; at < k; ++at) {
-            uint32_t bits = (uint32_t)x[op.order[at]] << 16;
-            memcpy(wide + at, &bits, sizeof bits);
-        }
-    } else {
-        for (; at + kLanes <= k; at += kLanes) store(wide + at, load(x + at));
-        if (at < k) store(wide + at, load(x + at, (int)(k - at)), (int)(k - at)), at = k;
-    }
-    memset(wide + at, 0, (size_t)(padded - at) * sizeof(float));
-    return wide;
+    if (!op.order && padded == k) return x;
+    bf16* ordered = (bf16*)thread_memory().reserve(padded * (int64_t)sizeof(bf16));
+    if (op.order)
+        for (int64_t at = 0; at < k; ++at) ordered[at] = x[op.order[at]];
+    else
+        memcpy(ordered, x, (size_t)k * sizeof(bf16));
+    memset(ordered + k, 0, (size_t)(padded - k) * sizeof(bf16));
+    return ordered;
+}
+
+// The largest of bits, none of which is negative.
+inline uint16_t largest_bits(__m256i bits) {
+    // The smallest of 8 words is one instruction.
+    __m128i all = _mm_set1_epi16(-1);
+    __m128i most = _mm_max_epu16(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    return (uint16_t)~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(most, all)));
 }
 
 // The scale of `count` inputs, a multiple of 16: what was given, or the largest size over 127. NaN where an input is no number.
-inline float scale_of(const QuantizedLinear& op, const float* x, int64_t count) {
-    Floats most = broadcast(0.0f), poison = broadcast(0.0f);
-    for (int64_t at = 0; at < count; at += kLanes) {
-        Floats here = load(x + at);
-        most = max(most, max(here, sub(broadcast(0.0f), here)));
-        poison = fma(here, broadcast(0.0f), poison);
-    }
-    float scale = op.input_scale ? *op.input_scale : largest(most) / 127.0f;
-    return (scale == 0.0f ? 1.0f : scale) + sum(poison);
+inline float scale_of(const QuantizedLinear& op, const bf16* x, int64_t count) {
+    // Without their signs bf16 are in the order of their bits; infinity and NaN come last.
+    constexpr uint16_t kInfinity = 0x7f80;
+    __m256i size = _mm256_set1_epi16(0x7fff), most = _mm256_setzero_si256();
+    for (int64_t at = 0; at < count; at += kLanes)
+        most = _mm256_max_epu16(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + at)), size));
+    uint32_t bits = largest_bits(most);
+    float largest;
+    if (bits >= kInfinity) return NAN;
+    bits <<= 16;
+    memcpy(&largest, &bits, sizeof largest);
+    float scale = op.input_scale ? *op.input_scale : largest / 127.0f;
+    return scale == 0.0f ? 1.0f : scale;
 }
 
-// 16 floats over a scale as bytes, rounded to even; returns them as integers.
-inline Ints round_inputs(int8_t* to, const float* x, float scale) {
+// 16 inputs over a scale as bytes, rounded to even; returns them as integers.
+inline Ints round_inputs(int8_t* to, const bf16* x, float scale) {
     // In this order of operands what is no number becomes 127.
     Floats scaled = max(min(div(load(x), broadcast(scale)), broadcast(127.0f)), broadcast(-127.0f));
 #if defined(__AVX512F__)
@@ -89,7 +99,7 @@ inline int32_t sum(Ints a) {
 // A row of int8, its scales and its sums, and what sums of products with a weight plus its center start with.
 inline void quantize_row(const QuantizedLinear& op, const PreparedRows& rows, int64_t row) {
     const QuantizedFormat& format = op.format;
-    const float* x = widen_row(op, row);
+    const bf16* x = ordered_row(op, row);
     char* to = rows.row(row);
     int32_t center = format.is_four_bit() ? Int4Quads::center() : Int8Quads::center();
     int64_t input_groups = ceil_div(format.k, format.input_group_size);

@@ -126,28 +126,12 @@ class Int4Pairs : public PairSource, public Int4Place {
 };
 using CodebookPairs = Int4Pairs;
 #else
-class Int4Pairs : public PairSource, public Int4Place {
+// Numbers of a code book, or the four bits as they are: less work than a table of 16 here.
+template <bool kIsCodebook>
+class FourBitPairs : public PairSource, public Int4Place {
   public:
-    explicit Int4Pairs(const float*) {}
-    static constexpr float center() { return 8.0f; }
-    void decode(Pairs w[2], const uint8_t* p, int unit) const {
-        const __m256i* line = (const __m256i*)(p + unit / 2 * 64);
-        __m256i low = _mm256_loadu_si256(line), high = _mm256_loadu_si256(line + 1);
-        for (int half = 0; half < 2; ++half) {
-            int shift = unit % 2 * 8 + half * 4;
-            w[half] = {{number(low, shift), number(high, shift)}, {number(low, shift + 16), number(high, shift + 16)}};
-        }
-    }
-
-  private:
-    static __m256 number(__m256i line, int shift) {
-        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(line, shift), _mm256_set1_epi32(15)));
-    }
-};
-class CodebookPairs : public PairSource, public Int4Place {
-  public:
-    explicit CodebookPairs(const float numbers[16]) : table_(load(numbers)) {}
-    static constexpr float center() { return 0.0f; }
+    explicit FourBitPairs(const float numbers[16]) : table_(load(numbers)) {}
+    static constexpr float center() { return kIsCodebook ? 0.0f : 8.0f; }
     void decode(Pairs w[2], const uint8_t* p, int unit) const {
         const __m256i* line = (const __m256i*)(p + unit / 2 * 64);
         __m256i low = _mm256_loadu_si256(line), high = _mm256_loadu_si256(line + 1);
@@ -160,12 +144,15 @@ class CodebookPairs : public PairSource, public Int4Place {
   private:
     __m256 number(__m256i line, int shift) const {
         __m256i at = _mm256_srli_epi32(line, shift);
+        if (!kIsCodebook) return _mm256_cvtepi32_ps(_mm256_and_si256(at, _mm256_set1_epi32(15)));
         __m256 is_upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));   // the fourth bit, as a sign
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table_.low, at), _mm256_permutevar8x32_ps(table_.high, at), is_upper);
     }
 
     Floats table_;
 };
+using Int4Pairs = FourBitPairs<false>;
+using CodebookPairs = FourBitPairs<true>;
 #endif
 
 #if defined(__AVX512BF16__)
