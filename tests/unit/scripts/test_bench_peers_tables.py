@@ -83,3 +83,30 @@ def test_the_plot_is_the_same_for_the_same_results(tmp_path: Path) -> None:
     for name in ("one.svg", "two.svg"):
         write_plot(results, tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_weights_in_few_bits_are_put_beside_theirs_and_beside_ours_in_bfloat16(tmp_path: Path) -> None:
+    page = tmp_path / "cpu.md"
+    page.write_text(PAGE, encoding="utf-8")
+    results = Results(tmp_path / "cpu.jsonl")
+    seconds = {
+        "wavetrain": 6.0,
+        "wavetrain-int8": 3.0,
+        "openvino-int8": 4.5,
+        "wavetrain-int4": 2.0,
+        "openvino-int4": 5.0,
+    }
+    results.add([Result("1b-quantized", engine, "16x64x32", [taken] * 3) for engine, taken in seconds.items()])
+    write_tables(results, page)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    heads = next(line for line in lines if line.startswith("| case |"))
+    row = next(line for line in lines if line.startswith("| 16x64x32 |"))
+    found = dict(zip(heads.split(" | "), row.split(" | "), strict=True))
+    assert found["Wavetrain int8"] == "171"
+    assert found["openvino-genai int4"] == "102"
+    assert {head: cell.split()[0] for head, cell in found.items() if " over " in head} == {
+        "Wavetrain int8 over openvino-genai int8": "1.50",
+        "Wavetrain int8 over Wavetrain": "2.00",
+        "Wavetrain int4 over openvino-genai int4": "2.50",
+        "Wavetrain int4 over Wavetrain |": "3.00",
+    }
