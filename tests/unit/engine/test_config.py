@@ -62,7 +62,7 @@ class TestFromFlags:
     def test_names_the_nearest_option(self) -> None:
         with pytest.raises(ConfigError, match="unknown option max_num_seq; did you mean max_num_seqs"):
             EngineConfig.from_flags({"max_num_seq": 1})
-        with pytest.raises(ConfigError, match="unknown option zzz; known are async_scheduling, block_size"):
+        with pytest.raises(ConfigError, match="unknown option zzz; known are activation_dtype, async_scheduling"):
             EngineConfig.from_flags({"zzz": 1})
 
     @pytest.mark.parametrize(("name", "option"), NUMBERS, ids=[name for name, _ in NUMBERS])
