@@ -75,8 +75,9 @@ def table_of(*fakes: FakeTriton, **more: Any) -> RoutingTable:
 
 @asynccontextmanager
 async def routed(table: RoutingTable, **settings: Any) -> AsyncIterator[RoutedUpstream]:
-    """A started upstream, without pauses between checks."""
-    upstream = RoutedUpstream(table, RoutingSettings.model_validate({"health": QUICK, **settings}))
+    """A started upstream, without pauses between checks, whose replicas are equals whenever each became ready."""
+    given = {"health": QUICK, "balance": {"warm_up_s": 0}, **settings}
+    upstream = RoutedUpstream(table, RoutingSettings.model_validate(given))
     await upstream.start()
     try:
         yield upstream
