@@ -16,8 +16,8 @@ from wavetrain_engine.serving.live_request import LiveRequest
 _LOGGER = logging.getLogger(__name__)
 _INTERVAL_S = 0.05
 # With many requests a sweep is dear: with 32 streams every 50 ms, a third of what the responses cost. So it may ask
-# this often, and take this share of the time, up to the longest interval: a caller that has left is noticed within
-# 250 ms, a step of the engine and a sweep included, however many others there are.
+# this often, and take this share of the time, up to the longest interval, which leaves an engine's step and a sweep
+# some 50 of the 250 ms that a caller who has left may go on costing.
 _MAX_QUESTIONS_PER_S = 50
 _MAX_SHARE = 0.1
 _MAX_INTERVAL_S = 0.2
