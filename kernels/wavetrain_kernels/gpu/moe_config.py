@@ -7,11 +7,12 @@ double, and warm-up, which doubles the tokens of its steps, meets every combinat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from wavetrain_kernels.gpu.launch import cdiv, device_traits, next_power_of_2
+from wavetrain_kernels.gpu.launch import DeviceTraits, cdiv, device_traits, next_power_of_2
 from wavetrain_kernels.gpu.tuning import tuned
 
 # P = pairs of a token and one of its experts, E = experts.
@@ -79,6 +80,24 @@ def down_config(block_m: int, hidden: int, units: int, device: torch.device | No
     if block_m == 64:
         return ProductConfig(block_n=128, block_k=64, group_m=1, num_warps=4, num_stages=4)
     return ProductConfig(block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=4)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedConfig:
+    """A grouped product of 8-bit rows: what `ProductConfig` says, where the inputs of a step are fixed."""
+
+    block_n: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+def rounded_config(block_m: int, device: DeviceTraits, measured: dict[str, Any] | None = None) -> RoundedConfig:
+    """Returns how 8-bit rows are multiplied; what was measured replaces what is reckoned here."""
+    block_n, num_warps = 128, 8 if block_m > 64 else 4
+    stage_bytes = 128 * (block_m + block_n)
+    num_stages = max(2, min(4, device.shared_bytes * 7 // 8 // stage_bytes))
+    return replace(RoundedConfig(block_n, 8 if block_m > 64 else 1, num_warps, num_stages), **(measured or {}))
 
 
 def sort_chunk(num_pairs: int, num_experts: int) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from wavetrain_kernels.gpu.launch import cdiv
-from wavetrain_kernels.gpu.quantized_packing import PackedQuantized, QuantizedShape, can_pack, pack
-from wavetrain_kernels.quantized_weight import QuantizedWeight
+from wavetrain_kernels.gpu.quantized_packing import PackedQuantized, QuantizedShape, can_pack, pack, value_unit
+from wavetrain_kernels.quantized_weight import QuantizationScheme, QuantizedWeight
 
 # E = experts, N = outputs, K = inputs, G = groups of inputs.
 
@@ -20,7 +20,9 @@ class QuantizedExperts:
     """The data of PackedExperts of quantized weights; what an attribute holds of one expert, PackedQuantized says.
 
     Attributes:
+        scheme: the first expert's; others may have offsets or an order that it has not.
         shape: of each expert.
+        unit: what the kernels make of a value of 1.
         words: [E, N, words of a row] int32.
         scales: [E, G, N] float32.
         zeros: likewise; None while no expert has offsets.
@@ -28,7 +30,9 @@ class QuantizedExperts:
         column_order: [E, K] int32; None while all experts' inputs are in order.
     """
 
+    scheme: QuantizationScheme
     shape: QuantizedShape
+    unit: float
     dtype: torch.dtype
     is_gated: bool
     words: Tensor
@@ -58,7 +62,9 @@ def empty_quantized_experts(
     num_groups = cdiv(shape.in_features, shape.group_size) if shape.group_size else 1
     size = shape.out_features
     return QuantizedExperts(
+        scheme=like.scheme,
         shape=shape,
+        unit=value_unit(like.scheme, dtype),
         dtype=dtype,
         is_gated=is_gated,
         words=torch.empty(num_experts, size, num_words, dtype=torch.int32, device=like.device),
@@ -72,7 +78,7 @@ def pack_quantized_expert(packed: QuantizedExperts, expert: int, weight: Quantiz
     one = pack(weight, packed.dtype, packed.is_gated)
     packed.words[expert].copy_(one.words)
     packed.scales[expert].copy_(one.scales)
-    middle = packed.shape.middle * one.unit
+    middle = packed.shape.middle * packed.unit
     if one.zeros is not None and packed.zeros is None:
         packed.zeros = torch.full_like(packed.scales, middle)
     if packed.zeros is not None:

@@ -3,8 +3,9 @@
 
 One kernel for both projections, turned round like `weight_only_product`, from which it has the loop over inputs; tiles
 are those of `moe_routing`. The gated one gathers its rows from x and leaves gated units in the order of the pairs; the
-other leaves each pair's weighted term where the pair belongs. Inputs stay in 16 bits, whatever the scheme says of
-them: an expert has few rows, and reading its weight is most of the time.
+other leaves each pair's weighted term where the pair belongs. Inputs of few rows stay in 16 bits, whatever the scheme
+says of them, as reading the weight is most of the time; of many, those of schemes with 8-bit inputs are rounded, for
+`rounded_experts`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from wavetrain_kernels.gpu.moe_config import MOST_ROWS
 from wavetrain_kernels.gpu.moe_routing import SortedPairs, find_tile
 from wavetrain_kernels.gpu.quantized_experts import QuantizedExperts
 from wavetrain_kernels.gpu.quantized_packing import QuantizedShape
+from wavetrain_kernels.gpu.quantized_rows import expert_inputs
+from wavetrain_kernels.gpu.rounded_experts import multiply_rounded
+from wavetrain_kernels.gpu.sorted_pairs import store_pairs
 from wavetrain_kernels.gpu.tuning import tuned
 from wavetrain_kernels.gpu.weight_only_config import WeightOnlyConfig, chosen_config, row_tile
-from wavetrain_kernels.gpu.weight_only_product import store_tile, widened_sums
+from wavetrain_kernels.gpu.weight_only_product import widened_sums
 from wavetrain_kernels.quantized_weight import QuantizationScheme
 
 # P = pairs of a token and one of its experts, E = experts, N = outputs, K = inputs, G = groups of inputs.
 
+# From so many rows of a tile on, 8-bit products are worth the rounding.
+_ROUNDED_FROM = 64
 _SWIZZLE = 8  # tiles of many rows, likely of one expert, that share a stretch of its weight before the next one's turn
 
 
@@ -90,13 +96,9 @@ def _quantized_experts_kernel(
         None if zeros_ptr is None else zeros_ptr + grid, codebook_ptr, orders, known, 0, NUM_BLOCKS, dtype,
         SIZE, IN_FEATURES, GROUP, PLANE, PLANES, TOGETHER, VALUES, MIDDLE, BLOCK_T, BLOCK_N,
     )  # fmt: skip
-    if TOP_K:
-        store_tile(out_ptr, acc, None, tile_n, places, end, SIZE, True, IS_SILU, BLOCK_N, BLOCK_T)
-    else:
-        weights = tl.load(weights_ptr + pairs)
-        terms = acc.to(dtype).to(tl.float32) * weights[None, :]  # rounded where the reference rounds
-        places = tl.where(places < end, pairs, num_pairs)
-        store_tile(out_ptr, terms, None, tile_n, places, num_pairs, SIZE, False, False, BLOCK_N, BLOCK_T)
+    store_pairs(
+        out_ptr, acc, weights_ptr, pairs, places, end, num_pairs, tile_n, SIZE, TOP_K, IS_SILU, BLOCK_N, BLOCK_T
+    )  # fmt: skip
 
 
 def rows_at_most(*stacks: Tensor | QuantizedExperts) -> int:
@@ -115,12 +117,12 @@ def multiply_gate_up(
     """units [P, I], in the order of the sorted pairs = act(gate) * up of their tokens' rows of x [T, H]."""
     # The stride of a dimension of size 1 means nothing; whatever it is, it must not make another variant.
     stride = x.stride(0) if x.shape[0] > 1 else x.shape[1]
-    _multiply(units, x, stride, experts, None, pairs, {"TOP_K": top_k, "IS_SILU": activation == "silu"})
+    _multiply(units, x, stride, experts, None, pairs, top_k, is_silu=activation == "silu")
 
 
 def multiply_down(terms: Tensor, units: Tensor, experts: QuantizedExperts, weights: Tensor, pairs: SortedPairs) -> None:
     """terms [P, H], in the order of the pairs = weights [T, k] times the products of units [P, I]."""
-    _multiply(terms, units, units.shape[1], experts, weights, pairs, {"TOP_K": 0, "IS_SILU": False})
+    _multiply(terms, units, units.shape[1], experts, weights, pairs, 0, is_silu=False)
 
 
 def _multiply(
@@ -130,8 +132,14 @@ def _multiply(
     experts: QuantizedExperts,
     weights: Tensor | None,
     pairs: SortedPairs,
-    kind: dict[str, Any],
+    top_k: int,
+    *,
+    is_silu: bool,
 ) -> None:
+    rounded = expert_inputs(experts, x) if pairs.block_m >= _ROUNDED_FROM else None
+    if rounded is not None:
+        multiply_rounded(out, rounded, experts, weights, pairs, top_k, is_silu=is_silu)
+        return
     config = _config(pairs.block_m, experts.shape, x)
     launch(
         _quantized_experts_kernel,
@@ -150,7 +158,8 @@ def _multiply(
         pairs.pairs.shape[0],
         stride,
         **_constexprs(experts.shape, config),
-        **kind,
+        TOP_K=top_k,
+        IS_SILU=is_silu,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -116,7 +116,8 @@ class PackedQuantized:
     unit: float
 
 
-def _unit(scheme: QuantizationScheme, dtype: torch.dtype) -> float:
+def value_unit(scheme: QuantizationScheme, dtype: torch.dtype) -> float:
+    """Returns what the kernels make of a value of 1."""
     if scheme.has_codebook:
         return 1.0
     if scheme.values == "fp8":
@@ -135,7 +136,7 @@ def can_pack(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
 def pack(weight: QuantizedWeight, dtype: torch.dtype, is_gated: bool) -> PackedQuantized:
     """Returns the weight for inputs of `dtype`; for what `can_pack` says yes to."""
     shape = QuantizedShape.of(weight.scheme, weight.out_features, weight.in_features)
-    unit = _unit(weight.scheme, dtype)
+    unit = value_unit(weight.scheme, dtype)
     words, (scales, zeros) = _words(weight, shape), _affine(weight, shape.middle, unit)
     if is_gated:
         words, scales, zeros = _paired(words), _paired(scales), None if zeros is None else _paired(zeros)

@@ -69,6 +69,43 @@ def quantized_product_config(
     return replace(config, **{"num_stages": num_stages, **(measured or {})})
 
 
+@triton.jit
+def rounded_sums(  # noqa: ANN201
+    weight_ptrs, value_ptrs, weight_scale_ptrs, value_scale_ptrs,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, HAS_GROUPS: tl.constexpr, IS_GROUPED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums [N, T] of products of 8-bit rows with an 8-bit weight over all inputs, scaled.
+
+    Args:
+        weight_ptrs: [N, BLOCK_K] of each output's first inputs.
+        value_ptrs: [BLOCK_K, T] of each row's.
+        weight_scale_ptrs: [N] of the first group; the others are SIZE apart.
+        value_scale_ptrs: [T] likewise, next to each other.
+    """
+    is_int: tl.constexpr = weight_ptrs.dtype.element_ty == tl.int8
+    weight_scale, value_scale = tl.load(weight_scale_ptrs), tl.load(value_scale_ptrs)
+    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if is_int else tl.float32)
+    for block in range(WIDTH // BLOCK_K):
+        weight = tl.load(weight_ptrs + block * BLOCK_K)
+        values = tl.load(value_ptrs + block * BLOCK_K)
+        if HAS_GROUPS or IS_GROUPED:
+            if HAS_GROUPS:
+                weight_scale = tl.load(weight_scale_ptrs + block * SIZE)
+            if IS_GROUPED:
+                value_scale = tl.load(value_scale_ptrs + block)
+            part = tl.dot(weight, values, out_dtype=tl.int32 if is_int else tl.float32)
+            acc += part.to(tl.float32) * (weight_scale[:, None] * value_scale[None, :])
+        elif is_int:
+            total = tl.dot(weight, values, total, out_dtype=tl.int32)
+        else:
+            total = tl.dot(weight, values, total, max_num_imprecise_acc=BLOCK_K)
+    if not (HAS_GROUPS or IS_GROUPED):
+        acc = total.to(tl.float32) * (weight_scale[:, None] * value_scale[None, :])
+    return acc * UNIT
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _quantized_product_kernel(
     out_ptr,  # [T, N], or [T, N / 2] with IS_GATED; contiguous
@@ -90,8 +127,6 @@ def _quantized_product_kernel(
     BLOCK_K: tl.constexpr,
     SWIZZLE: tl.constexpr,
 ):
-    NUM_GROUPS: tl.constexpr = WIDTH // BLOCK_K
-    is_int: tl.constexpr = values_ptr.dtype.element_ty == tl.int8
     tiles_n: tl.constexpr = (SIZE + BLOCK_N - 1) // BLOCK_N
     # Tiles that run at the same time shall share rows of both operands, in the second-level cache.
     tiles_t = tl.cdiv(num_rows, BLOCK_T)
@@ -105,28 +140,11 @@ def _quantized_product_kernel(
     inputs = tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + known[:, None].to(tl.int64) * WIDTH + inputs[None, :]
     value_ptrs = values_ptr + rows[None, :].to(tl.int64) * WIDTH + inputs[:, None]
-    weight_scale = tl.load(weight_scales_ptr + known)
-    value_scale_ptrs = value_scales_ptr + rows.to(tl.int64) * (NUM_GROUPS if IS_GROUPED else 1)
-    value_scale = tl.load(value_scale_ptrs)
-    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if is_int else tl.float32)
-    for block in range(NUM_GROUPS):
-        weight = tl.load(weight_ptrs + block * BLOCK_K)
-        values = tl.load(value_ptrs + block * BLOCK_K)
-        if HAS_GROUPS or IS_GROUPED:
-            if HAS_GROUPS:
-                weight_scale = tl.load(weight_scales_ptr + block * SIZE + known)
-            if IS_GROUPED:
-                value_scale = tl.load(value_scale_ptrs + block)
-            part = tl.dot(weight, values, out_dtype=tl.int32 if is_int else tl.float32)
-            acc += part.to(tl.float32) * (weight_scale[:, None] * value_scale[None, :])
-        elif is_int:
-            total = tl.dot(weight, values, total, out_dtype=tl.int32)
-        else:
-            total = tl.dot(weight, values, total, max_num_imprecise_acc=BLOCK_K)
-    if not (HAS_GROUPS or IS_GROUPED):
-        acc = total.to(tl.float32) * (weight_scale[:, None] * value_scale[None, :])
-    acc *= UNIT
+    value_scale_ptrs = value_scales_ptr + rows.to(tl.int64) * (WIDTH // BLOCK_K if IS_GROUPED else 1)
+    acc = rounded_sums(
+        weight_ptrs, value_ptrs, weight_scales_ptr + known, value_scale_ptrs,
+        WIDTH, SIZE, UNIT, HAS_GROUPS, IS_GROUPED, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     store_tile(out_ptr, acc, bias_ptr, tile_n, tokens, num_rows, SIZE, IS_GATED, IS_SILU, BLOCK_N, BLOCK_T)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from wavetrain_kernels.gpu.activation import activated
 from wavetrain_kernels.gpu.aot_case import AotCase
 from wavetrain_kernels.gpu.launch import device_traits, launch, next_power_of_2
+from wavetrain_kernels.gpu.quantized_experts import QuantizedExperts
 from wavetrain_kernels.gpu.quantized_packing import PackedQuantized
 from wavetrain_kernels.quantized_inputs import QuantizedInputs
 
@@ -31,19 +32,19 @@ _MAX_SIZE = 16384  # a row must fit into the registers of one program
 _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-def takes_quantized(packed: PackedQuantized) -> bool:
-    """Whether there is a product of the weight with 8-bit rows, on its device."""
+def takes_quantized(packed: PackedQuantized | QuantizedExperts) -> bool:
+    """Whether there is a product of the weight, or of experts' weights, with 8-bit rows, on its device."""
     scheme, shape = packed.scheme, packed.shape
     if scheme.inputs is None or scheme.inputs != scheme.values:
         return False
     if scheme.inputs == "fp8" and device_traits(packed.words.device).capability < (8, 9):
         return False  # no such matrix instructions
-    is_plain = not (scheme.has_offsets or scheme.is_reordered)
+    is_plain = packed.zeros is None and packed.column_order is None
     groups = (shape.group_size, _input_group(packed))
     return is_plain and shape.block_k == _BLOCK and set(groups) <= {0, _BLOCK}
 
 
-def _input_group(packed: PackedQuantized) -> int:
+def _input_group(packed: PackedQuantized | QuantizedExperts) -> int:
     group = packed.scheme.input_group_size
     return 0 if group is None or group >= packed.shape.in_features else group
 
@@ -53,14 +54,33 @@ def new_inputs(packed: PackedQuantized, num_rows: int) -> QuantizedInputs | None
     shape = packed.shape
     if num_rows <= MOST_WIDENED or shape.in_features > _MAX_SIZE or not takes_quantized(packed):
         return None
-    assert packed.scheme.inputs is not None, "it takes 8-bit rows"
+    return _inputs_for(packed, num_rows, packed.input_scale)
+
+
+def expert_inputs(experts: QuantizedExperts, x: Tensor) -> QuantizedInputs | None:
+    """Returns rows of x rounded for any of the experts; None where these take them as they are.
+
+    Each has the scale that it needs, also where experts know scales beforehand: they are not alike.
+    """
+    if experts.shape.in_features > _MAX_SIZE or not takes_quantized(experts):
+        return None
+    rows = _inputs_for(experts, x.shape[0], None)
+    quantize_rows(rows, x)
+    return rows
+
+
+def _inputs_for(
+    packed: PackedQuantized | QuantizedExperts, num_rows: int, static_scale: Tensor | None
+) -> QuantizedInputs:
+    shape, inputs = packed.shape, packed.scheme.inputs
+    assert inputs is not None, "it takes 8-bit rows"
     width = shape.num_blocks * shape.block_k
     num_groups = shape.num_blocks if _input_group(packed) else 1
     return QuantizedInputs(
         packed=packed,
-        values=packed.words.new_empty((num_rows, width), dtype=_DTYPES[packed.scheme.inputs]),
+        values=packed.words.new_empty((num_rows, width), dtype=_DTYPES[inputs]),
         scales=packed.scales.new_empty((num_rows, num_groups)),
-        static_scale=packed.input_scale,
+        static_scale=static_scale,
         in_features=shape.in_features,
         dtype=packed.dtype,
     )
