@@ -119,7 +119,9 @@ SPACES: dict[str, dict[str, Space]] = {
             {**_PRODUCT, "group_m": (1, 8)},
             {"block_n": 128, "block_k": 64, "group_m": 1, "num_warps": 4, "num_stages": 4},
         ),
-        "moe_rounded": Space({"block_n": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5, 6), "group_m": (1, 8)}),
+        "moe_rounded": Space(
+            {"block_n": (64, 128), "num_warps": (4, 8), "num_stages": (3, 4, 5, 6), "group_m": (1, 8)}
+        ),
         "moe_quantized": Space({"block_n": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5, 6)}),
     },
     "lora": {
