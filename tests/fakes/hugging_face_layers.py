@@ -78,7 +78,7 @@ def four_bit(kind: str = "nf4", *, is_nested: bool = False, block_size: int = 64
         absmax = blocks.abs().amax(1)
         state: dict[str, Any] = {"quant_type": kind, "blocksize": block_size, "dtype": "float32"}
         state["shape"] = list(weight.shape)
-        tensors: dict[str, Tensor] = {"weight.absmax": absmax, "weight.quant_map": codebook}
+        tensors: dict[str, Tensor] = {"weight.absmax": absmax, "weight.quant_map": codebook.clone()}
         if is_nested:
             state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": absmax.mean().item()}
             parts = (absmax - absmax.mean()).split(256)
