@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
+from fakes.core_client import FACTS
 from wavetrain_engine.command import Add
 from wavetrain_engine.errors import ErrorCode
+from wavetrain_engine.ipc import core_socket
 from wavetrain_engine.ipc.core_socket import CoreSocket
 from wavetrain_engine.ipc.frames import Hello, Hold, Updates, decode_core_frame, encode
 from wavetrain_engine.ipc.held_updates import HeldUpdates
@@ -156,3 +160,55 @@ def test_an_error_comes_after_what_was_held() -> None:
     first, second = held.take(1.0)
     assert (first.new_token_ids, first.error_code) == ([1, 2], None)
     assert second == error
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield made
+    made.destroy(linger=0)
+
+
+def start_core(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, num_requests: int, device: str
+) -> tuple[CoreSocket, Model]:
+    """A loaded core with running requests r0, r1, ... of one model."""
+    core = CoreSocket(address, os.getpid())
+    model = Model(context, address)
+    core.report_ready(msgspec.structs.replace(FACTS, device=device), lambda: pytest.fail("nobody asks"))
+    for index in range(num_requests):
+        model.add(f"r{index}")
+    num_added = 0
+    while num_added < num_requests:
+        num_added += len(core.drain(10.0))
+    return core, model
+
+
+def test_the_step_after_a_lone_requests_first_token_waits_for_those_who_send_it(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_socket, "_FIRST_TOKEN_PAUSE_S", 60.0)
+    core, model = start_core(context, address, 1, "cpu")
+    core.emit([news("r0", 7)])
+    later = threading.Timer(0.2, model.add, ("r1",))
+    later.start()
+    assert [type(command) for command in core.drain(0.0)] == [Add]  # it was still waiting
+    later.join()
+    core.emit([news("r0", 8)])
+    assert core.drain(0.0) == []  # for its second token nothing waits
+    core.close()
+
+
+@pytest.mark.parametrize(("num_requests", "device"), [(2, "cpu"), (1, "cuda:0")])
+def test_no_step_waits_where_others_would_pay_or_the_cores_are_free(
+    context: zmq.Context[zmq.Socket[bytes]],
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    num_requests: int,
+    device: str,
+) -> None:
+    monkeypatch.setattr(core_socket, "_FIRST_TOKEN_PAUSE_S", 3600.0)
+    core, _ = start_core(context, address, num_requests, device)
+    core.emit([news("r0", 7)])
+    assert core.drain(0.0) == []
+    core.close()
