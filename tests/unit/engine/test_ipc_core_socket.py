@@ -53,6 +53,9 @@ class Model:
     def hold(self, for_s: float) -> None:
         self._socket.send(encode(Hold(until_s=time.monotonic() + for_s)))
 
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
     def messages(self) -> list[Updates]:
         """All that have come; waits for the first."""
         assert self._socket.poll(_TIMEOUT_MS)
@@ -196,6 +199,7 @@ def test_the_step_after_a_lone_requests_first_token_waits_for_those_who_send_it(
     later.join()
     core.emit([news("r0", 8)])
     assert core.drain(0.0) == []  # for its second token nothing waits
+    model.close()
     core.close()
 
 
@@ -208,7 +212,8 @@ def test_no_step_waits_where_others_would_pay_or_the_cores_are_free(
     device: str,
 ) -> None:
     monkeypatch.setattr(core_socket, "_FIRST_TOKEN_PAUSE_S", 3600.0)
-    core, _ = start_core(context, address, num_requests, device)
+    core, model = start_core(context, address, num_requests, device)
     core.emit([news("r0", 7)])
     assert core.drain(0.0) == []
+    model.close()
     core.close()
