@@ -57,8 +57,8 @@ _FIRST_CLIENT_TIMEOUT_S = 60.0
 _LAST_WORDS_TIMEOUT_S = 5.0
 # Pids without a pidfd are looked at this often.
 _POLL_INTERVAL_S = 0.2
-# Where the engine computes on the cores that also send, a first token waits beside the next step at each of the ten threads
-# it passes on its way out, 2 ms undisturbed. A lone request's next step waits instead; nobody else pays.
+# Where the engine computes on the cores that also send, a first token waits beside the next step at each of the ten
+# threads it passes on its way out, 2 ms undisturbed. A lone request's next step waits instead; nobody else pays.
 _FIRST_TOKEN_PAUSE_S = 0.003
 
 
