@@ -28,7 +28,7 @@ from wavetrain_kernels.cpu.instruction_set import available_levels
 
 Status = Literal["ok", "note", "missing"]
 
-_SERVER_PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "msgspec", "pyzmq", "numpy")
+_SERVER_PACKAGES = ("torch", "safetensors", "tokenizers", "jinja2", "msgspec", "numpy")
 _CLIENT_PACKAGES = ("wavetrain", "tritonclient", "rich")
 _MIN_MEMORY_BYTES = 2 << 30
 # Each model's process maps 1 MiB at first, and Triton grows that with the requests in flight.

@@ -29,7 +29,7 @@ _COMMANDS = {
     "doctor": ("wavetrain_cli.doctor", "tell what this machine can run, and what to do about the rest"),
 }
 # Packages of the server extra, by import name.
-_SERVER_PACKAGES = frozenset({"torch", "safetensors", "tokenizers", "jinja2", "msgspec", "zmq", "tomli", "numpy"})
+_SERVER_PACKAGES = frozenset({"torch", "safetensors", "tokenizers", "jinja2", "msgspec", "tomli", "numpy"})
 # And of the gateway extra.
 _GATEWAY_PACKAGES = frozenset(
     {"starlette", "uvicorn", "httptools", "websockets", "pydantic", "pydantic_core", "prometheus_client", "limits"}

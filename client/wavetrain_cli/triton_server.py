@@ -27,7 +27,7 @@ from typing import Literal
 from wavetrain_cli.errors import CommandError
 
 # What a model's stub and the core process import; the first folder that holds one goes onto PYTHONPATH.
-_MODEL_PACKAGES = ("wavetrain_engine", "wavetrain_kernels", "numpy", "msgspec", "zmq", "tokenizers", "torch")
+_MODEL_PACKAGES = ("wavetrain_engine", "wavetrain_kernels", "numpy", "msgspec", "tokenizers", "torch")
 # Protocols nobody needs here and that 2.51 has known holes in: client shared memory, log files by request, traces.
 _RESTRICTED = "shared-memory,logging,trace"
 

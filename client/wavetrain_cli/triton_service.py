@@ -39,7 +39,7 @@ class TritonService:
             connection.close()
 
     def begin_drain(self, server_pid: int) -> None:
-        # Imported here: ZeroMQ and msgspec cost a tenth of a second that a start does not need.
+        # Imported here: msgspec costs time that a start does not need.
         from wavetrain_engine.ipc.drain_client import DrainClient
 
         self._drain = DrainClient.of_server(self._engine_config, server_pid)

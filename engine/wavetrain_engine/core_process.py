@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, *, load: LoadExecutor | None = 
     options = _parse(arguments)
     _log_to_stderr()
     runtime_dir = RuntimeDir(options.runtime_dir)
-    socket = CoreSocket(runtime_dir.socket_address(os.getpid()), options.server_pid)
+    socket = CoreSocket(runtime_dir.socket_path(os.getpid()), options.server_pid)
     socket.install_signal_handlers()
     shorten_time_slices()
     try:

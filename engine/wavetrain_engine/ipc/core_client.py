@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's end of the socket: attaches to the engine core, starts it where needed, survives its death.
 
-One I/O thread owns the socket. Callers of other threads leave frames in an outbox and wake it. Invariants:
+One I/O thread owns the connection and hears from the core; callers send on it themselves. Invariants:
     1. every submitted request gets updates that end with exactly one with a finish reason, whatever happens;
        when the core dies that is a `dead` error, sent at once
-    2. a request is only ever sent to the core that was alive when it was submitted: each core has a socket of
+    2. a request is only ever sent to the core that was alive when it was submitted: each core has a connection of
        its own, so nothing waits in a queue for its successor
     3. a core that crashed is started again, later and later the sooner it crashes; one that cannot load is not
     4. a loaded core that does not finish a step in time counts as crashed: its requests end, it is killed
@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-import zmq
-
 from wavetrain_engine.command import Add, Cancel
 from wavetrain_engine.errors import CheckpointError, EngineDead, ErrorCode, WavetrainError
 from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.ipc.connection import Connection
 from wavetrain_engine.ipc.core_launcher import CoreLauncher
 from wavetrain_engine.ipc.core_watchdog import CoreWatchdog
 from wavetrain_engine.ipc.frames import (
-    ClientFrame,
     CoreFrame,
     GetStats,
     Goodbye,
@@ -58,6 +56,9 @@ _STABLE_AFTER_S = 60.0
 _MAX_CRASHES_WHILE_LOADING = 3
 _POLL_INTERVAL_MS = 500
 _CLOSE_TIMEOUT_S = 10.0
+# A core binds its socket a moment after it was started.
+_CONNECT_INTERVAL_S = 0.02
+_LINGER_S = 0.5
 # Of a question that only wants to be answered.
 _NO_TICKET = 0
 
@@ -96,7 +97,7 @@ class CoreClient:
         self._pending: dict[str, Sink] = {}
         self._tickets: dict[int, Future[EngineStats]] = {}
         self._last_ticket = 0
-        self._outbox: deque[ClientFrame] = deque()
+        self._connection: Connection | None = None
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._facts: EngineFacts | None = None
         self._core_pid: int | None = None
@@ -149,28 +150,24 @@ class CoreClient:
         Raises:
             EngineDead: there is no core right now; the sink is never called.
         """
+        message = encode(Add(request=request))
         with self._lock:
             if not self._is_ready:
                 raise EngineDead(_RESTARTING if self._load_error is None else _LOST)
             self._pending[request.request_id] = sink
-            self._outbox.append(Add(request=request))
-        os.eventfd_write(self._wakeup, 1)
+            self._send(message)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Ends requests; each still gets its last update. Unknown and finished ones are no error."""
         with self._lock:
-            if not self._is_ready:
-                return
-            self._outbox.append(Cancel(request_ids=list(request_ids)))
-        os.eventfd_write(self._wakeup, 1)
+            if self._is_ready:
+                self._send(encode(Cancel(request_ids=list(request_ids))))
 
     def hold(self, until_s: float) -> None:
         """Lets the core collect news until this `time.monotonic()`, but for those that callers wait for."""
         with self._lock:
-            if not self._is_ready:
-                return
-            self._outbox.append(Hold(until_s=until_s))
-        os.eventfd_write(self._wakeup, 1)
+            if self._is_ready:
+                self._send(encode(Hold(until_s=until_s)))
 
     def read_stats(self, timeout_s: float = 5.0) -> EngineStats:
         """Asks the core for its counters.
@@ -186,8 +183,7 @@ class CoreClient:
             self._last_ticket += 1
             ticket = self._last_ticket
             self._tickets[ticket] = future
-            self._outbox.append(GetStats(ticket=ticket))
-        os.eventfd_write(self._wakeup, 1)
+            self._send(encode(GetStats(ticket=ticket)))
         try:
             return future.result(timeout_s)
         finally:
@@ -211,79 +207,83 @@ class CoreClient:
             self._runtime_dir.remove()
         os.close(self._wakeup)
 
+    def _send(self, message: bytes) -> None:
+        """Sends to the core that is ready. To be called under the lock, so that none is sent to its successor."""
+        assert self._connection is not None, "a ready core is connected"
+        self._connection.send(message)
+        if self._connection.has_backlog:
+            os.eventfd_write(self._wakeup, 1)
+
     def _run(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             while not self._is_closing and self._load_error is None:
                 started_s = time.monotonic()
-                core_pid = self._launcher.find_or_start()
-                self._serve(context, core_pid)
-                self._after_core(time.monotonic() - started_s)
+                watch = ProcessWatch(self._launcher.find_or_start())
+                try:
+                    self._serve(watch)
+                    self._after_core(watch, started_s)
+                finally:
+                    watch.close()
         except Exception as error:  # a thread that dies silently would leave every caller waiting
             _LOGGER.exception("the connection to the engine core failed")
             self._give_up(EngineDead(f"the connection to the engine core failed: {type(error).__name__}"))
-        finally:
-            context.destroy(linger=500)
 
-    def _serve(self, context: zmq.Context[zmq.Socket[bytes]], core_pid: int) -> None:
-        """Speaks with one core until it dies or we leave."""
-        watch = ProcessWatch(core_pid)
-        dealer = context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.SNDHWM, 0)
-        dealer.setsockopt(zmq.RCVHWM, 0)
-        # The core binds its socket a moment after it was started.
-        dealer.setsockopt(zmq.RECONNECT_IVL, 20)
-        dealer.connect(self._runtime_dir.socket_address(core_pid))
-        poller = zmq.Poller()
-        poller.register(dealer, zmq.POLLIN)
-        poller.register(self._wakeup, zmq.POLLIN)
-        descriptor = watch.fileno()
-        if descriptor is not None:
-            poller.register(descriptor, zmq.POLLIN)
+    def _serve(self, watch: ProcessWatch) -> None:
+        """Speaks with one core until it ends or we leave."""
+        connection = self._connect(watch)
+        if connection is None:
+            return
+        with self._lock:
+            self._connection = connection
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        poller.register(self._wakeup, select.POLLIN)
         watchdog = CoreWatchdog(self._step_timeout_s)
         try:
-            dealer.send(encode(Hello(pid=os.getpid())))
-            while not self._is_closing:
+            connection.send(encode(Hello(pid=os.getpid())))
+            while not self._is_closing and not connection.is_closed:
                 ready = dict(poller.poll(_POLL_INTERVAL_MS))
-                if dealer in ready:
-                    self._receive(dealer)
+                if ready.get(connection.fileno(), 0) & ~select.POLLOUT:
+                    self._receive(connection)
                     watchdog.hear()
-                self._look_after(dealer, watch, watchdog)
                 if self._wakeup in ready:
                     os.eventfd_read(self._wakeup)
-                    self._flush_outbox(dealer)
-                if (descriptor in ready) if descriptor is not None else not watch.is_alive():
-                    self._receive(dealer)  # its last words
-                    return
-            self._flush_outbox(dealer)
-            dealer.send(encode(Goodbye()))
+                self._look_after(connection, watch, watchdog)
+                if connection.has_backlog:
+                    connection.flush()
+                poller.modify(connection, connection.wanted_events)
+            connection.send(encode(Goodbye()))
         finally:
-            watch.close()
-            dealer.close(linger=500)
+            connection.close(_LINGER_S)
 
-    def _look_after(self, dealer: zmq.Socket[bytes], watch: ProcessWatch, watchdog: CoreWatchdog) -> None:
+    def _connect(self, watch: ProcessWatch) -> Connection | None:
+        """Returns None when the core has ended, or we leave, before it listened."""
+        path = self._runtime_dir.socket_path(watch.pid)
+        while not self._is_closing:
+            was_alive = watch.is_alive()
+            try:
+                return Connection.to(path)
+            except OSError:
+                if not was_alive:
+                    return None
+                time.sleep(_CONNECT_INTERVAL_S)
+        return None
+
+    def _look_after(self, connection: Connection, watch: ProcessWatch, watchdog: CoreWatchdog) -> None:
         """Ends a loaded core that hangs; that it has died is then seen as of any other."""
         watchdog.tick()
         if not self._is_ready:  # it loads, which may take long, or its end is near
             watchdog.hear()
         elif watchdog.take_question():
-            dealer.send(encode(GetStats(ticket=_NO_TICKET)))
+            connection.send(encode(GetStats(ticket=_NO_TICKET)))
         elif watchdog.is_hung:
             _LOGGER.error("the engine core did not finish a step within %g s; it is killed", watchdog.limit_s)
             self._end_pending(ErrorCode.DEAD, _HUNG)
             if watch.is_alive():
                 self._launcher.kill_core(watch.pid)
 
-    def _flush_outbox(self, dealer: zmq.Socket[bytes]) -> None:
-        while self._outbox:
-            dealer.send(encode(self._outbox.popleft()))
-
-    def _receive(self, dealer: zmq.Socket[bytes]) -> None:
-        while True:
-            try:
-                message = dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+    def _receive(self, connection: Connection) -> None:
+        for message in connection.receive():
             self._handle(decode_core_frame(message))
 
     def _handle(self, frame: CoreFrame) -> None:
@@ -312,8 +312,9 @@ class CoreClient:
         if sink is not None:
             sink(update)
 
-    def _after_core(self, lived_s: float) -> None:
+    def _after_core(self, watch: ProcessWatch, started_s: float) -> None:
         """Ends what was pending with the core that is gone, and waits before the next one."""
+        lived_s = time.monotonic() - started_s
         was_ready = self._core_pid is not None
         if self._is_closing:
             num_pending = self._end_pending(ErrorCode.CANCELLED, "the server is shutting down")
@@ -322,6 +323,7 @@ class CoreClient:
         self._core_pid = None
         if self._is_closing or self._load_error is not None:
             return
+        self._launcher.await_end(watch, _CLOSE_TIMEOUT_S)
         self._num_crashes = 1 if was_ready and lived_s > _STABLE_AFTER_S else self._num_crashes + 1
         _LOGGER.error("the engine core died with %d requests running", num_pending)
         if self._facts is None and self._num_crashes >= _MAX_CRASHES_WHILE_LOADING:
@@ -333,7 +335,6 @@ class CoreClient:
         """Takes no more requests and ends those there are; returns how many there were."""
         with self._lock:
             self._is_ready = False
-            self._outbox.clear()
             pending, self._pending = self._pending, {}
             tickets, self._tickets = self._tickets, {}
         for future in tickets.values():

@@ -62,12 +62,16 @@ class CoreLauncher:
         if pid is not None:
             watch = ProcessWatch(pid)
             try:
-                if not _wait_for_end(watch, timeout_s):
-                    _LOGGER.warning("the engine core did not end within %.1f s; it is killed", timeout_s)
-                    _kill_group(pid)
-                    _wait_for_end(watch, _KILL_TIMEOUT_S)
+                self.await_end(watch, timeout_s)
             finally:
                 watch.close()
+
+    def await_end(self, watch: ProcessWatch, timeout_s: float) -> None:
+        """Waits for one core, which is about to end; kills its process group if it has not in time."""
+        if not _wait_for_end(watch, timeout_s):
+            _LOGGER.warning("the engine core did not end within %.1f s; it is killed", timeout_s)
+            _kill_group(watch.pid)
+            _wait_for_end(watch, _KILL_TIMEOUT_S)
 
 
 def _reap(child: subprocess.Popen[bytes]) -> None:

@@ -14,20 +14,21 @@ from __future__ import annotations
 import logging
 import math
 import os
+import select
 import signal
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import msgspec
-import zmq
 
 from wavetrain_engine.command import Add, Cancel, Command, Shutdown
 from wavetrain_engine.errors import ErrorCode
 from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.ipc.connection import Connection
 from wavetrain_engine.ipc.frames import (
     PROTOCOL_VERSION,
     ClientFrame,
@@ -55,7 +56,9 @@ _LOGGER = logging.getLogger(__name__)
 _FIRST_CLIENT_TIMEOUT_S = 60.0
 # A load can fail before the model that started us has connected; it should not take that for a crash.
 _LAST_WORDS_TIMEOUT_S = 5.0
-# Pids without a pidfd are looked at this often.
+# What a model has not read by then when the core ends is lost to it; it ends its requests itself.
+_LINGER_S = 1.0
+# A server without a pidfd is looked at this often.
 _POLL_INTERVAL_S = 0.2
 # Where the engine computes on the cores that also send, a first token waits beside the next step at each of the ten
 # threads it passes on its way out, 2 ms undisturbed. A lone request's next step waits instead; nobody else pays.
@@ -65,26 +68,22 @@ _FIRST_TOKEN_PAUSE_S = 0.003
 class CoreSocket:
     """Binds the core's socket and speaks the protocol of `frames` on it."""
 
-    def __init__(self, address: str, server_pid: int) -> None:
-        """Binds `address` and watches the Triton server's process.
+    def __init__(self, path: Path, server_pid: int) -> None:
+        """Listens at `path` and watches the Triton server's process.
 
         Raises:
-            zmq.ZMQError: the address cannot be bound.
+            OSError: the path cannot be bound.
         """
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        # No high-water mark: a ROUTER drops what does not fit. What a client can leave unread is bounded by the
-        # requests it may have running.
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.bind(address)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.setblocking(False)
+        self._listener.bind(str(path))
+        self._listener.listen()
         self._server = ProcessWatch(server_pid)
-        self._clients: dict[bytes, ProcessWatch] = {}
-        self._owners: dict[str, bytes] = {}
-        self._news: defaultdict[bytes, HeldUpdates] = defaultdict(HeldUpdates)
+        # Everybody who has connected, by descriptor; models, which have said Hello, with their process id.
+        self._connections: dict[int, Connection] = {}
+        self._clients: dict[Connection, int] = {}
+        self._owners: dict[str, Connection] = {}
+        self._news: defaultdict[Connection, HeldUpdates] = defaultdict(HeldUpdates)
         self._facts: EngineFacts | None = None
         self._read_stats: Callable[[], EngineStats] | None = None
         self._first_client_deadline_s: float | None = time.monotonic() + _FIRST_CLIENT_TIMEOUT_S
@@ -95,10 +94,10 @@ class CoreSocket:
         self._has_cancelled_all = False
         self._has_signal_handlers = False
         self._wakeup, self._signal_end = socket.socketpair()
-        for descriptor in (self._wakeup.fileno(), self._server.fileno()):
+        self._poller = select.poll()
+        for descriptor in (self._listener.fileno(), self._wakeup.fileno(), self._server.fileno()):
             if descriptor is not None:
-                self._poller.register(descriptor, zmq.POLLIN)
-        self._needs_polling = self._server.fileno() is None
+                self._poller.register(descriptor, select.POLLIN)
 
     def install_signal_handlers(self) -> None:
         """SIGTERM ends the engine in order; the terminal's SIGINT is the server's business, which drains first."""
@@ -142,7 +141,7 @@ class CoreSocket:
         deadline_s = time.monotonic() + timeout_s
         while True:
             remaining_s = max(0.0, deadline_s - time.monotonic())
-            if self._needs_polling:
+            if self._server.fileno() is None:
                 remaining_s = min(remaining_s, _POLL_INTERVAL_S)
             commands = self._receive(remaining_s)
             if self._is_shutting_down:
@@ -162,12 +161,13 @@ class CoreSocket:
         self._send_news()
 
     def close(self) -> None:
-        """Flushes and closes the socket. Idempotent."""
-        for watch in (*self._clients.values(), self._server):
-            watch.close()
+        """Sends what is unsent, and closes the socket and its connections. Idempotent."""
+        self._listener.close()
+        for connection in self._connections.values():
+            connection.close(_LINGER_S)
+        self._connections.clear()
         self._clients.clear()
-        self._socket.close()
-        self._context.term()
+        self._server.close()
         if self._has_signal_handlers:
             signal.set_wakeup_fd(-1)
             self._has_signal_handlers = False
@@ -182,30 +182,57 @@ class CoreSocket:
         return [Shutdown()]
 
     def _receive(self, timeout_s: float) -> list[Command]:
-        ready = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
         commands: list[Command] = []
-        if self._wakeup.fileno() in ready:
-            self._wakeup.recv(64)
-        if self._socket in ready:
-            commands += self._read_messages()
-        self._check_processes(ready, commands)
+        has_server_ended = self._server.fileno() is None and not self._server.is_alive()
+        for descriptor, events in self._poller.poll(math.ceil(timeout_s * 1000)):
+            if (connection := self._connections.get(descriptor)) is not None:
+                commands += self._serve(connection, events)
+            elif descriptor == self._listener.fileno():
+                self._accept()
+            elif descriptor == self._wakeup.fileno():
+                self._wakeup.recv(64)
+            else:
+                has_server_ended = True
+        if has_server_ended:
+            _LOGGER.warning("the Triton server died; the engine core ends")
+            self._is_shutting_down = True
+        if self._first_client_deadline_s is not None and time.monotonic() > self._first_client_deadline_s:
+            _LOGGER.warning("no model has attached; the engine core ends")
+            self._is_shutting_down = True
         return commands
 
-    def _read_messages(self) -> Iterable[Command]:
+    def _accept(self) -> None:
         while True:
             try:
-                client, message = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+                stream, _ = self._listener.accept()
+            except BlockingIOError:
                 return
+            connection = Connection(stream)
+            self._connections[connection.fileno()] = connection
+            self._poller.register(connection, select.POLLIN)
+
+    def _serve(self, connection: Connection, events: int) -> Iterable[Command]:
+        """Does what a connection is ready for."""
+        if events & select.POLLOUT:
+            connection.flush()
+            self._poller.modify(connection, connection.wanted_events)
+        for message in connection.receive():
             try:
                 frame = decode_client_frame(message)
             except msgspec.DecodeError:
                 # Only our own models can reach the socket, so this is a bug, not an attack; the others go on.
                 _LOGGER.exception("a client sent a message that is not one of ours")
                 continue
-            yield from self._handle(client, frame)
+            yield from self._handle(connection, frame)
+        if connection.is_closed:
+            if (pid := self._clients.get(connection)) is not None:
+                _LOGGER.warning("model process %d died; its requests are cancelled", pid)
+            yield from self._detach(connection)
+            self._poller.unregister(connection)
+            del self._connections[connection.fileno()]
+            connection.close()
 
-    def _handle(self, client: bytes, frame: ClientFrame) -> Iterable[Command]:
+    def _handle(self, client: Connection, frame: ClientFrame) -> Iterable[Command]:
         match frame:
             case Hello():
                 self._attach(client, frame)
@@ -228,32 +255,21 @@ class CoreSocket:
             case Goodbye():
                 yield from self._detach(client)
 
-    def _attach(self, client: bytes, hello: Hello) -> None:
+    def _attach(self, client: Connection, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
             message = "the model and the engine core are of different versions; restart the server"
             self._send(client, LoadFailed(code=ErrorCode.INTERNAL, message=message))
             return
-        watch = ProcessWatch(hello.pid)
-        self._clients[client] = watch
+        self._clients[client] = hello.pid
         self._first_client_deadline_s = None
-        descriptor = watch.fileno()
-        if descriptor is None:
-            self._needs_polling = True
-        else:
-            self._poller.register(descriptor, zmq.POLLIN)
         if self._facts is not None:
             self._send(client, Ready(core_pid=os.getpid(), facts=self._facts))
 
-    def _detach(self, client: bytes) -> Iterable[Command]:
-        watch = self._clients.pop(client, None)
+    def _detach(self, client: Connection) -> Iterable[Command]:
         self._news.pop(client, None)
-        if watch is None:
+        if self._clients.pop(client, None) is None:
             return
-        descriptor = watch.fileno()
-        if descriptor is not None:
-            self._poller.unregister(descriptor)
-        watch.close()
-        orphans = [request_id for request_id, owner in self._owners.items() if owner == client]
+        orphans = [request_id for request_id, owner in self._owners.items() if owner is client]
         for request_id in orphans:
             del self._owners[request_id]
         if orphans:
@@ -261,23 +277,6 @@ class CoreSocket:
         if not self._clients:
             _LOGGER.info("the last model has left; the engine core ends")
             self._is_shutting_down = True
-
-    def _check_processes(self, ready: dict[Any, int], commands: list[Command]) -> None:
-        for client, watch in list(self._clients.items()):
-            if self._has_ended(watch, ready):
-                _LOGGER.warning("model process %d died; its requests are cancelled", watch.pid)
-                commands.extend(self._detach(client))
-        if self._has_ended(self._server, ready):
-            _LOGGER.warning("the Triton server died; the engine core ends")
-            self._is_shutting_down = True
-        if self._first_client_deadline_s is not None and time.monotonic() > self._first_client_deadline_s:
-            _LOGGER.warning("no model has attached; the engine core ends")
-            self._is_shutting_down = True
-
-    @staticmethod
-    def _has_ended(watch: ProcessWatch, ready: dict[Any, int]) -> bool:
-        descriptor = watch.fileno()
-        return descriptor in ready if descriptor is not None else not watch.is_alive()
 
     def _send_news(self) -> None:
         now_s = time.monotonic()
@@ -293,8 +292,10 @@ class CoreSocket:
         for client in self._clients:
             self._send(client, frame)
 
-    def _send(self, client: bytes, frame: CoreFrame) -> None:
-        self._socket.send_multipart([client, encode(frame)])
+    def _send(self, client: Connection, frame: CoreFrame) -> None:
+        client.send(encode(frame))
+        if client.has_backlog:
+            self._poller.modify(client, client.wanted_events)
 
     def _on_sigterm(self, signal_number: int, stack: FrameType | None) -> None:
         del signal_number, stack

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a running core's counters from outside: `python -m wavetrain_engine.ipc.core_stats RUNTIME_DIR`.
-
-The reader says no Hello, so it is no client: it keeps no core alive and is not watched.
-"""
+"""Reading a running core's counters from outside: `python -m wavetrain_engine.ipc.core_stats RUNTIME_DIR`."""
 
 from __future__ import annotations
 
@@ -12,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import zmq
 
 from wavetrain_engine.errors import EngineDead
-from wavetrain_engine.ipc.frames import GetStats, Stats, decode_core_frame, encode
 from wavetrain_engine.ipc.runtime_dir import RuntimeDir
+from wavetrain_engine.ipc.stats_reader import StatsReader
 from wavetrain_engine.stats import EngineStats
 
 
@@ -29,18 +25,17 @@ def read_stats(runtime_dir: RuntimeDir, timeout_s: float = 5.0) -> EngineStats:
     core_pid = runtime_dir.running_core()
     if core_pid is None:
         raise EngineDead("no engine core runs here")
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        dealer = context.socket(zmq.DEALER)
-        dealer.connect(runtime_dir.socket_address(core_pid))
-        dealer.send(encode(GetStats(ticket=0)))
-        while dealer.poll(int(timeout_s * 1000)):
-            frame = decode_core_frame(dealer.recv())
-            if isinstance(frame, Stats):
-                return frame.stats
-        raise EngineDead("the engine core does not answer")
+        reader = StatsReader(runtime_dir.socket_path(core_pid))
+    except OSError:
+        raise EngineDead("the engine core does not listen yet") from None
+    try:
+        stats = reader.read(timeout_s)
     finally:
-        context.destroy(linger=0)
+        reader.close()
+    if stats is None:
+        raise EngineDead("the engine core does not answer")
+    return stats
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,33 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draining an engine core from outside: `wavetrain serve` has it refuse new requests, then waits until it is idle.
-
-The drainer is no client in the core's books: it says no Hello, so that it neither keeps a core alive nor is counted.
-"""
+"""Draining an engine core from outside: `wavetrain serve` has it refuse new requests, then waits until it is idle."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import zmq
-
-from wavetrain_engine.ipc.frames import Drain, GetStats, Stats, decode_core_frame, encode
 from wavetrain_engine.ipc.process_watch import start_ticks
 from wavetrain_engine.ipc.runtime_dir import RuntimeDir
+from wavetrain_engine.ipc.stats_reader import StatsReader
 
-_ANSWER_TIMEOUT_MS = 1000
+_ANSWER_TIMEOUT_S = 1.0
 
 
 class DrainClient:
     """Asks one core to refuse new requests, at construction, and answers from then on whether it is idle."""
 
-    def __init__(self, address: str, core_pid: int) -> None:
+    def __init__(self, path: Path, core_pid: int) -> None:
+        """Drains the core with this pid that listens at `path`.
+
+        Raises:
+            OSError: nobody listens there.
+        """
         self._core_pid = core_pid
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(address)
-        self._socket.send(encode(Drain()))
-        self._ticket = 0
+        self._reader = StatsReader(path)
+        self._reader.drain()
 
     @classmethod
     def of_server(cls, engine_config: Path, server_pid: int) -> DrainClient | None:
@@ -38,21 +34,20 @@ class DrainClient:
         """
         runtime_dir = RuntimeDir.of_server(engine_config, server_pid)
         core_pid = runtime_dir.running_core()
-        return None if core_pid is None else cls(runtime_dir.socket_address(core_pid), core_pid)
+        if core_pid is None:
+            return None
+        try:
+            return cls(runtime_dir.socket_path(core_pid), core_pid)
+        except OSError:  # it has just been started, or has just ended: no request can have reached it
+            return None
 
     def is_idle(self) -> bool:
         """Whether no request runs or waits. A core that ended is idle; one too busy to answer within 1 s is not."""
         if start_ticks(self._core_pid) is None:
             return True
-        self._ticket += 1
-        self._socket.send(encode(GetStats(ticket=self._ticket)))
-        while self._socket.poll(_ANSWER_TIMEOUT_MS):
-            frame = decode_core_frame(self._socket.recv())
-            if isinstance(frame, Stats) and frame.ticket == self._ticket:
-                return frame.stats.num_running + frame.stats.num_waiting == 0
-        return False
+        stats = self._reader.read(_ANSWER_TIMEOUT_S)
+        return stats is not None and stats.num_running + stats.num_waiting == 0
 
     def close(self) -> None:
-        """Closes the socket. Idempotent."""
-        self._socket.close()
-        self._context.term()
+        """Closes the connection. Idempotent."""
+        self._reader.close()

@@ -21,7 +21,7 @@ PROTOCOL_VERSION = 3
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """A client attaches. The core watches `pid` and cancels its requests when it dies."""
+    """A client attaches; `pid` is its process. The core cancels its requests once the connection has ended."""
 
     pid: int
     protocol_version: int = PROTOCOL_VERSION

@@ -62,9 +62,9 @@ class RuntimeDir:
         digest = hashlib.sha256(os.fsencode(engine_config.resolve())).hexdigest()[:12]
         return cls(parent / f"{digest}-{server_pid}-{start_ticks(server_pid)}")
 
-    def socket_address(self, core_pid: int) -> str:
+    def socket_path(self, core_pid: int) -> Path:
         """Where the core with this pid listens. Each core has its own, so no message can reach a later one."""
-        return f"ipc://{self.path / f'core-{core_pid}.sock'}"
+        return self.path / f"core-{core_pid}.sock"
 
     def running_core(self) -> int | None:
         """The pid of the core that was started last, while it runs."""

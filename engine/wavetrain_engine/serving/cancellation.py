@@ -37,9 +37,13 @@ class LiveRequests:
         return len(self._requests)
 
     def add(self, live: LiveRequest) -> None:
-        """Watches a request from now on."""
+        """Takes in a request that begins; `watch` follows when it is on its way."""
         with self._condition:
             self._requests.add(live)
+
+    def watch(self) -> None:
+        """Has the sweep begin for what was added. Apart from `add`, as a thread that wakes takes the interpreter."""
+        with self._condition:
             self._condition.notify()
 
     def remove(self, live: LiveRequest) -> None:

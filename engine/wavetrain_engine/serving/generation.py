@@ -119,6 +119,7 @@ class Generation:
         self._live.add(live)
         for sequence in sequences:
             self._submit(sequence.request, live.push)
+        self._live.watch()
 
     def stop(self, request: Any) -> None:
         """Carries out `stop=true`: ends the requests of this id, and answers with an empty last response.

@@ -72,7 +72,7 @@ def test_help_needs_no_package_of_the_server(command: list[str]) -> None:
     # A client-only install has none of these, and torch alone would take seconds.
     code = (
         "import sys\n"
-        "for name in ('torch', 'msgspec', 'zmq', 'tokenizers', 'safetensors'): sys.modules[name] = None\n"
+        "for name in ('torch', 'msgspec', 'tokenizers', 'safetensors'): sys.modules[name] = None\n"
         "from wavetrain_cli.main import main\n"
         f"sys.exit(main({command!r}))"
     )

@@ -275,7 +275,7 @@ def test_drain_refuses_new_requests_and_lets_running_ones_end(connect: Connect) 
     running.get(timeout=10)
     core_pid = client.core_pid
     assert core_pid is not None
-    drain = DrainClient(runtime_dir_of(client).socket_address(core_pid), core_pid)
+    drain = DrainClient(runtime_dir_of(client).socket_path(core_pid), core_pid)
     try:
         wait_for(lambda: not drain.is_idle())
         client.submit(request("late"), refused.put)

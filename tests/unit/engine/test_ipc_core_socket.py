@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 import os
+import select
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import zmq
 
 from fakes.core_client import FACTS
-from wavetrain_engine.command import Add
+from wavetrain_engine.command import Add, Shutdown
 from wavetrain_engine.errors import ErrorCode
 from wavetrain_engine.ipc import core_socket
+from wavetrain_engine.ipc.connection import Connection
 from wavetrain_engine.ipc.core_socket import CoreSocket
-from wavetrain_engine.ipc.frames import Hello, Hold, Updates, decode_core_frame, encode
+from wavetrain_engine.ipc.frames import Hello, Hold, Ready, Updates, decode_core_frame, encode
 from wavetrain_engine.ipc.held_updates import HeldUpdates
+from wavetrain_engine.ipc.stats_reader import StatsReader
 from wavetrain_engine.request import EngineRequest, FinishReason, RequestUpdate
 from wavetrain_engine.sampling_params import SamplingParams
 
@@ -42,41 +45,43 @@ def told(updates: list[RequestUpdate]) -> dict[str, list[int]]:
 class Model:
     """A model's end, without its thread."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.connect(address)
-        self._socket.send(encode(Hello(pid=os.getpid())))
+    def __init__(self, path: Path) -> None:
+        self._connection = Connection.to(path)
+        self._poller = select.poll()
+        self._poller.register(self._connection, select.POLLIN)
+        self._connection.send(encode(Hello(pid=os.getpid())))
 
     def add(self, request_id: str) -> None:
-        self._socket.send(encode(Add(request=request_of(request_id))))
+        self._connection.send(encode(Add(request=request_of(request_id))))
 
     def hold(self, for_s: float) -> None:
-        self._socket.send(encode(Hold(until_s=time.monotonic() + for_s)))
+        self._connection.send(encode(Hold(until_s=time.monotonic() + for_s)))
 
     def close(self) -> None:
-        self._socket.close(linger=0)
+        self._connection.close()
 
     def messages(self) -> list[Updates]:
-        """All that have come; waits for the first."""
-        assert self._socket.poll(_TIMEOUT_MS)
+        """All news that have come; waits for the first message."""
+        assert self._poller.poll(_TIMEOUT_MS)
         found: list[Updates] = []
-        while self._socket.poll(50):
-            frame = decode_core_frame(self._socket.recv())
-            assert isinstance(frame, Updates)
-            found.append(frame)
+        while self._poller.poll(50) and not self._connection.is_closed:
+            for message in self._connection.receive():
+                frame = decode_core_frame(message)
+                if not isinstance(frame, Ready):
+                    assert isinstance(frame, Updates)
+                    found.append(frame)
         return found
 
 
 @pytest.fixture
-def address() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="wt") as folder:
-        yield f"ipc://{folder}/core"
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="wt") as folder:  # pytest's own folders are too deep for a socket
+        yield Path(folder, "core")
 
 
-def test_a_step_is_one_message_for_all_requests_of_a_model(address: str) -> None:
-    core = CoreSocket(address, os.getpid())
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    models = [Model(context, address), Model(context, address)]
+def test_a_step_is_one_message_for_all_requests_of_a_model(path: Path) -> None:
+    core = CoreSocket(path, os.getpid())
+    models = [Model(path), Model(path)]
     for index in range(32):
         models[index % 2].add(f"r{index}")
     num_added = 0
@@ -90,14 +95,14 @@ def test_a_step_is_one_message_for_all_requests_of_a_model(address: str) -> None
         for parity, model in enumerate(models):
             (message,) = model.messages()
             assert [update.request_id for update in message.updates] == [f"r{index}" for index in range(parity, 32, 2)]
+    for model in models:
+        model.close()
     core.close()
-    context.destroy(linger=0)
 
 
-def test_a_model_that_holds_gets_many_steps_in_one_message(address: str) -> None:
-    core = CoreSocket(address, os.getpid())
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    model = Model(context, address)
+def test_a_model_that_holds_gets_many_steps_in_one_message(path: Path) -> None:
+    core = CoreSocket(path, os.getpid())
+    model = Model(path)
     model.add("a")
     assert len(core.drain(10.0)) == 1
     core.emit([news("a", 0)])
@@ -111,8 +116,39 @@ def test_a_model_that_holds_gets_many_steps_in_one_message(address: str) -> None
     assert [told(message.updates) for message in model.messages()] == [{"b": [0]}]
     core.emit([news("a", 10, finish_reason=FinishReason.LENGTH)])
     assert [told(message.updates) for message in model.messages()] == [{"a": list(range(1, 11))}]
+    model.close()
     core.close()
-    context.destroy(linger=0)
+
+
+def test_a_model_that_does_not_read_holds_nobody_up_and_loses_nothing(path: Path) -> None:
+    core, slow = start_core(path, 1, "cuda:0")
+    other = Model(path)
+    other.add("other")
+    while not core.drain(10.0):
+        pass
+    tokens = list(range(100_000))
+    for _ in range(20):  # several times what the kernel keeps for it
+        core.emit([RequestUpdate(request_id="r0", new_token_ids=tokens)])
+    core.emit([news("other", 7)])
+    assert [told(message.updates) for message in other.messages()] == [{"other": [7]}]
+    found: list[int] = []
+    while len(found) < 20 * len(tokens):
+        core.drain(0.0)
+        found += [token_id for message in slow.messages() for token_id in message.updates[0].new_token_ids]
+    assert found == tokens * 20
+    for model in (slow, other):
+        model.close()
+    core.close()
+
+
+def test_what_says_no_hello_is_no_client(path: Path) -> None:
+    core, model = start_core(path, 0, "cpu")
+    reader = StatsReader(path)
+    reader.close()
+    assert core.drain(0.2) == []
+    model.close()
+    assert [type(command) for command in core.drain(10.0)] == [Shutdown]
+    core.close()
 
 
 def test_held_news_go_when_their_time_has_come() -> None:
@@ -165,19 +201,10 @@ def test_an_error_comes_after_what_was_held() -> None:
     assert second == error
 
 
-@pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    yield made
-    made.destroy(linger=0)
-
-
-def start_core(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, num_requests: int, device: str
-) -> tuple[CoreSocket, Model]:
+def start_core(path: Path, num_requests: int, device: str) -> tuple[CoreSocket, Model]:
     """A loaded core with running requests r0, r1, ... of one model."""
-    core = CoreSocket(address, os.getpid())
-    model = Model(context, address)
+    core = CoreSocket(path, os.getpid())
+    model = Model(path)
     core.report_ready(msgspec.structs.replace(FACTS, device=device), lambda: pytest.fail("nobody asks"))
     for index in range(num_requests):
         model.add(f"r{index}")
@@ -188,10 +215,10 @@ def start_core(
 
 
 def test_the_step_after_a_lone_requests_first_token_waits_for_those_who_send_it(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core_socket, "_FIRST_TOKEN_PAUSE_S", 60.0)
-    core, model = start_core(context, address, 1, "cpu")
+    core, model = start_core(path, 1, "cpu")
     core.emit([news("r0", 7)])
     later = threading.Timer(0.2, model.add, ("r1",))
     later.start()
@@ -205,14 +232,13 @@ def test_the_step_after_a_lone_requests_first_token_waits_for_those_who_send_it(
 
 @pytest.mark.parametrize(("num_requests", "device"), [(2, "cpu"), (1, "cuda:0")])
 def test_no_step_waits_where_others_would_pay_or_the_cores_are_free(
-    context: zmq.Context[zmq.Socket[bytes]],
-    address: str,
+    path: Path,
     monkeypatch: pytest.MonkeyPatch,
     num_requests: int,
     device: str,
 ) -> None:
     monkeypatch.setattr(core_socket, "_FIRST_TOKEN_PAUSE_S", 3600.0)
-    core, model = start_core(context, address, num_requests, device)
+    core, model = start_core(path, num_requests, device)
     core.emit([news("r0", 7)])
     assert core.drain(0.0) == []
     model.close()

@@ -299,7 +299,7 @@ _WITHOUT = """
 import importlib.abc, sys
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("msgspec", "zmq", "tritonclient", "rich", "jinja2"):
+        if name.partition(".")[0] in ("msgspec", "tritonclient", "rich", "jinja2"):
             raise ModuleNotFoundError(name)
 class Missing:
     find_spec = staticmethod(lambda name, package=None: None if name == "msgspec" else real(name, package))
