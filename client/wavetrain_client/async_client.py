@@ -179,11 +179,11 @@ class AsyncClient:
         """Tells whether the server, and the model where one is named, answers and takes requests."""
         stub = self._connected()
         try:
-            if not (await stub.ServerReady(protocol.ServerReadyRequest(), timeout=timeout_s)).ready:
+            if not (await stub.server_ready(protocol.ServerReadyRequest(), timeout=timeout_s)).ready:
                 return False
             if model is None:
                 return True
-            return bool((await stub.ModelReady(protocol.ModelReadyRequest(name=model), timeout=timeout_s)).ready)
+            return bool((await stub.model_ready(protocol.ModelReadyRequest(name=model), timeout=timeout_s)).ready)
         except grpc.aio.AioRpcError:
             return False
 
@@ -245,7 +245,7 @@ class AsyncClient:
         if self._loop is None:
             self._loop = loop
             self._channel = self._open_channel()
-            self._stub = protocol.GRPCInferenceServiceStub(self._channel)
+            self._stub = protocol.InferenceStub(self._channel)
         elif self._loop is not loop:
             raise RuntimeError("an AsyncClient belongs to the event loop it was first used in; make one for each loop")
         return self._stub
@@ -258,7 +258,7 @@ class AsyncClient:
 
     def start_call(self, request: WireRequest, timeout_s: float | None) -> Any:
         """Opens a call with one request; for `AsyncChunkStream`."""
-        return _start_call(self._connected(), request, timeout_s)
+        return self._connected().stream_infer(request, timeout_s)
 
     def abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         """Cancels a call and sends the stop request, if there is one, without waiting; for `AsyncChunkStream`.
@@ -282,7 +282,7 @@ class AsyncClient:
             await asyncio.sleep(delay_s)
             # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
             with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
-                async for _ in _start_call(self._stub, stop_request.request, STOP_TIMEOUT_S):
+                async for _ in self._stub.stream_infer(stop_request.request, STOP_TIMEOUT_S):
                     pass
 
 
@@ -385,10 +385,6 @@ class AsyncChunkStream(AsyncIterator[Chunk]):
         if answer.error_message:
             raise self._session.refuse(answer.error_message)
         return self._session.receive(answer.infer_response)
-
-
-def _start_call(stub: Any, request: WireRequest, timeout_s: float | None) -> Any:
-    return stub.ModelStreamInfer(iter((protocol.to_message(request),)), timeout=timeout_s)
 
 
 def _is_task_cancelled() -> bool:

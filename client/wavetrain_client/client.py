@@ -61,7 +61,7 @@ class Client:
             self._channel: Any = grpc.secure_channel(address.target, credentials, options=CHANNEL_OPTIONS)
         else:
             self._channel = grpc.insecure_channel(address.target, options=CHANNEL_OPTIONS)
-        self._stub = protocol.GRPCInferenceServiceStub(self._channel)
+        self._stub = protocol.InferenceStub(self._channel)
         self._lock = threading.Lock()  # guards the weak set, which must not grow while it is read
         self._streams: weakref.WeakSet[ChunkStream] = weakref.WeakSet()
         self._stops: set[threading.Thread] = set()
@@ -136,11 +136,11 @@ class Client:
         """Tells whether the server, and the model where one is named, answers and takes requests."""
         self._check_open()
         try:
-            if not self._stub.ServerReady(protocol.ServerReadyRequest(), timeout=timeout_s).ready:
+            if not self._stub.server_ready(protocol.ServerReadyRequest(), timeout=timeout_s).ready:
                 return False
             if model is None:
                 return True
-            return bool(self._stub.ModelReady(protocol.ModelReadyRequest(name=model), timeout=timeout_s).ready)
+            return bool(self._stub.model_ready(protocol.ModelReadyRequest(name=model), timeout=timeout_s).ready)
         except grpc.RpcError:
             return False
 
@@ -179,7 +179,7 @@ class Client:
     def start_call(self, request: WireRequest, timeout_s: float | None) -> Any:
         """Opens a call with one request; for `ChunkStream`."""
         self._check_open()
-        return self._stub.ModelStreamInfer(iter((protocol.to_message(request),)), timeout=timeout_s)
+        return self._stub.stream_infer(request, timeout_s)
 
     def abandon(self, call: Any, stop_request: StopRequest | None) -> None:
         """Cancels a call and sends the stop request, if there is one, without waiting; for `ChunkStream`."""
@@ -199,9 +199,7 @@ class Client:
             time.sleep(delay_s)
             # Whatever comes back, the caller has given the request up: an error would have nobody to tell.
             with contextlib.suppress(grpc.RpcError, ValueError):
-                message = protocol.to_message(stop_request.request)
-                answers = self._stub.ModelStreamInfer(iter((message,)), timeout=STOP_TIMEOUT_S)
-                deque(answers, maxlen=0)
+                deque(self._stub.stream_infer(stop_request.request, STOP_TIMEOUT_S), maxlen=0)
         self._stops.discard(threading.current_thread())
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -300,8 +301,12 @@ def test_an_interrupt_cancels_everything(make_llm: Factory, monkeypatch: pytest.
         time.sleep(0.002)
 
     llm.executor.on_step = interrupt  # type: ignore[attr-defined]
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate([[index] for index in range(20)], endless)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[index] for index in range(20)], endless)
+    finally:
+        signal.signal(signal.SIGINT, before)
     for _ in range(500):
         stats = llm.read_stats()
         if stats.num_running == stats.num_waiting == 0:
