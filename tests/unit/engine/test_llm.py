@@ -289,6 +289,15 @@ def test_a_failed_step_is_engine_dead(make_llm: Factory) -> None:
     assert llm.executor.num_shutdowns == 1  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT does what it does in a terminal: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_cancels_everything(make_llm: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = make_llm()
     endless = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
@@ -301,12 +310,8 @@ def test_an_interrupt_cancels_everything(make_llm: Factory, monkeypatch: pytest.
         time.sleep(0.002)
 
     llm.executor.on_step = interrupt  # type: ignore[attr-defined]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([[index] for index in range(20)], endless)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[index] for index in range(20)], endless)
     for _ in range(500):
         stats = llm.read_stats()
         if stats.num_running == stats.num_waiting == 0:
