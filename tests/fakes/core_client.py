@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from queue import Empty, Queue
+from threading import Thread
 
 from wavetrain_engine.errors import EngineDead
 from wavetrain_engine.facts import EngineFacts
@@ -32,7 +35,7 @@ FACTS = EngineFacts(
 
 
 class FakeCoreClient:
-    """Requests in `requests`, cancels in `cancelled`; `send` plays the core."""
+    """Requests in `requests`, cancels in `cancelled`; `send` plays the core. News are heard on a thread of its own."""
 
     def __init__(self, *, is_alive: bool = True) -> None:
         self.is_alive = is_alive
@@ -41,28 +44,35 @@ class FakeCoreClient:
         self.is_closed = False
         self.holds_s: list[float] = []
         self._sinks: dict[str, Callable[[RequestUpdate], None]] = {}
+        self._news: Queue[tuple[Callable[[RequestUpdate], None], RequestUpdate] | None] = Queue()
+        self._thread: Thread | None = None
 
-    def start(self) -> EngineFacts:
+    def start(self, after_news: Callable[[], float | None] = lambda: None) -> EngineFacts:
+        self._thread = Thread(target=self._run, args=(after_news,), daemon=True)
+        self._thread.start()
         return FACTS
 
-    def submit(self, request: EngineRequest, sink: Callable[[RequestUpdate], None]) -> None:
+    def submit(self, requests: Sequence[EngineRequest], sink: Callable[[RequestUpdate], None]) -> None:
         if not self.is_alive:
             raise EngineDead("the engine core is restarting; try again")
-        self.requests.append(request)
-        self._sinks[request.request_id] = sink
+        self.requests += requests
+        self._sinks.update((request.request_id, sink) for request in requests)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self.cancelled.append(request_id)
             sink = self._sinks.pop(request_id, None)
             if sink is not None:
-                sink(RequestUpdate(request_id=request_id, finish_reason=FinishReason.CANCELLED))
+                self._news.put((sink, RequestUpdate(request_id=request_id, finish_reason=FinishReason.CANCELLED)))
 
     def hold(self, until_s: float) -> None:
         self.holds_s.append(until_s)
 
     def close(self, timeout_s: float) -> None:
         self.is_closed = True
+        self._news.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def send(
         self, index: int, token_ids: list[int], finish_reason: FinishReason | None = None, **fields: object
@@ -70,4 +80,26 @@ class FakeCoreClient:
         """Sends the update of the index-th submitted request."""
         request_id = self.requests[index].request_id
         sink = self._sinks[request_id] if finish_reason is None else self._sinks.pop(request_id)
-        sink(RequestUpdate(request_id=request_id, new_token_ids=token_ids, finish_reason=finish_reason, **fields))  # type: ignore[arg-type]
+        update = RequestUpdate(
+            request_id=request_id,
+            new_token_ids=token_ids,
+            finish_reason=finish_reason,
+            **fields,  # type: ignore[arg-type]
+        )
+        self._news.put((sink, update))
+
+    def _run(self, after_news: Callable[[], float | None]) -> None:
+        wait_s: float | None = None
+        while self._hear(wait_s):
+            wait_s = after_news()
+
+    def _hear(self, wait_s: float | None) -> bool:
+        """Hands on all that is there, as from a socket. Returns whether there may be more."""
+        with contextlib.suppress(Empty):
+            news = self._news.get(timeout=wait_s)
+            while news is not None:
+                sink, update = news
+                sink(update)
+                news = self._news.get_nowait()
+            return False
+        return True

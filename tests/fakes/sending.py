@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sender thread's work without a thread: streams, a core that steps, and a clock that only sending moves on."""
+"""Sending without a core: streams, and a clock that only sending moves on."""
 
 from __future__ import annotations
 
@@ -76,24 +76,20 @@ class SendingBench:
         return live, sender
 
     def run_sender(self) -> None:
-        """Does what the sender thread does until it would wait."""
-        while True:
+        """Does what is due, as a Sender does."""
+        while self._outbox.wait_s() == 0.0:
             look, due = self._outbox.take()
             for live in look:
                 live.look()
             started_s = self.now_s
             num_responses = sum(live.flush() for live in due)
             self._pace.charge(self.now_s, num_responses, self.now_s - started_s)
-            if not look and not due:
-                return
 
     def wait(self, until_s: float) -> None:
-        """Lets time pass, with the sender thread waking when it has asked for it."""
+        """Lets time pass, and sends when the time for it has come."""
         while (wait_s := self._outbox.wait_s()) is not None and self.now_s + wait_s <= until_s:
             self.now_s += wait_s
             self.run_sender()
-            if wait_s == 0.0 and self._outbox.wait_s() == 0.0:
-                break
         self.now_s = max(self.now_s, until_s)
 
     def _schedule(self, live: LiveRequest, haste: Haste) -> None:

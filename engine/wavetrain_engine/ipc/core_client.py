@@ -13,6 +13,7 @@ One I/O thread owns the connection and hears from the core; callers send on it t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import threading
@@ -48,6 +49,8 @@ from wavetrain_engine.stats import EngineStats
 
 _LOGGER = logging.getLogger(__name__)
 Sink = Callable[[RequestUpdate], None]
+# Deals with the news that sinks were given. Returns after how many seconds there is more to do; None: with news.
+AfterNews = Callable[[], "float | None"]
 
 MAX_RESTART_DELAY_S = 30.0
 _FIRST_RESTART_DELAY_S = 0.5
@@ -72,7 +75,7 @@ class CoreClient:
     """Submits requests to the engine core of this server and hands the updates to their sinks.
 
     `submit`, `cancel`, `hold` and `read_stats` may be called from any thread. Sinks are called on the I/O thread, in
-    order; they must be quick and must not raise.
+    order; they must be quick and must not raise, as must what is called after them.
     """
 
     def __init__(
@@ -107,15 +110,20 @@ class CoreClient:
         self._settled = threading.Event()  # ready, or never to be
         self._num_crashes = 0
         self._clients_lock: int | None = None
+        self._after_news: AfterNews = _nothing_to_do
         self._thread = threading.Thread(target=self._run, name="core-client", daemon=True)
 
-    def start(self) -> EngineFacts:
+    def start(self, after_news: AfterNews | None = None) -> EngineFacts:
         """Attaches to the core, starting it where none runs, and waits until it is loaded.
+
+        `after_news` is called on the I/O thread when it has called sinks, and when the time it asked for has come.
 
         Raises:
             CheckpointError: the engine cannot be loaded; the message is the core's.
             EngineDead: the core crashed again and again while it loaded.
         """
+        if after_news is not None:
+            self._after_news = after_news
         self._clients_lock = self._runtime_dir.join_clients()
         self._thread.start()
         self._settled.wait()
@@ -144,18 +152,19 @@ class CoreClient:
         """The running core's process id; None while there is none."""
         return self._core_pid
 
-    def submit(self, request: EngineRequest, sink: Sink) -> None:
-        """Hands a request to the core; `sink` gets its updates from now on.
+    def submit(self, requests: Sequence[EngineRequest], sink: Sink) -> None:
+        """Hands requests to the core, all of them; `sink` gets their updates from now on.
 
         Raises:
-            EngineDead: there is no core right now; the sink is never called.
+            EngineDead: there is no core right now; none was handed over, the sink is never called.
         """
-        message = encode(Add(request=request))
+        message_of = {request.request_id: encode(Add(request=request)) for request in requests}
         with self._lock:
             if not self._is_ready:
                 raise EngineDead(_RESTARTING if self._load_error is None else _LOST)
-            self._pending[request.request_id] = sink
-            self._send(message)
+            for request_id, message in message_of.items():
+                self._pending[request_id] = sink
+                self._send(message)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Ends requests; each still gets its last update. Unknown and finished ones are no error."""
@@ -239,13 +248,16 @@ class CoreClient:
         poller.register(connection, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
         watchdog = CoreWatchdog(self._step_timeout_s)
+        wait_s: float | None = None
         try:
             connection.send(encode(Hello(pid=os.getpid())))
             while not self._is_closing and not connection.is_closed:
-                ready = dict(poller.poll(_POLL_INTERVAL_MS))
+                wait_ms = _POLL_INTERVAL_MS if wait_s is None else min(_POLL_INTERVAL_MS, math.ceil(wait_s * 1000))
+                ready = dict(poller.poll(wait_ms))
                 if ready.get(connection.fileno(), 0) & ~select.POLLOUT:
                     self._receive(connection)
                     watchdog.hear()
+                wait_s = self._after_news()
                 if self._wakeup in ready:
                     os.eventfd_read(self._wakeup)
                 self._look_after(connection, watch, watchdog)
@@ -342,6 +354,7 @@ class CoreClient:
         reason = FinishReason.CANCELLED if code is ErrorCode.CANCELLED else FinishReason.ERROR
         for request_id, sink in pending.items():
             sink(RequestUpdate(request_id=request_id, finish_reason=reason, error_code=code, error=message))
+        self._after_news()
         return len(pending)
 
     def _wait_before_restart(self) -> None:
@@ -359,6 +372,10 @@ class CoreClient:
             self._is_ready = False
             self._load_error = error
         self._settled.set()
+
+
+def _nothing_to_do() -> float | None:
+    return None
 
 
 def _load_error(frame: LoadFailed) -> WavetrainError:

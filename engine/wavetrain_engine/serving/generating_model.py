@@ -47,7 +47,7 @@ class GeneratingModel(TritonModel):
         return self._generation is not None and self._generation.is_ready
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Starts each request and returns; responses come from the sender thread."""
+        """Starts each request and returns; responses come from the thread that hears from the core."""
         for request in requests:
             self.start_or_refuse(request)
 

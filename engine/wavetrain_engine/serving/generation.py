@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
@@ -15,13 +15,13 @@ from wavetrain_engine.errors import EngineDead, RequestError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.fan_out import child_requests, resolve_params
 from wavetrain_engine.ipc.core_client import CoreClient
-from wavetrain_engine.request import EngineRequest, FinishReason, RequestUpdate
+from wavetrain_engine.request import EngineRequest
 from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.serving.cancellation import LiveRequests
 from wavetrain_engine.serving.live_request import LiveRequest, LiveSequence, ResponseWriter
 from wavetrain_engine.serving.request_parameters import RequestParameters
-from wavetrain_engine.serving.responses import Sender
 from wavetrain_engine.serving.row_inputs import RowOptions
+from wavetrain_engine.serving.sender import Sender
 from wavetrain_engine.stats import EngineStats
 from wavetrain_engine.text.text_stream import TextStream
 from wavetrain_engine.text.tokenizer import Tokenizer
@@ -39,16 +39,16 @@ class Generation:
         """`stream_interval`: tokens per streamed response at least; None: as many as the pace of sending makes them."""
         self._client = client
         self._stream_interval = stream_interval
-        self._responses: Sender | None = None
+        self._sender: Sender | None = None
         self._live: LiveRequests | None = None
         self._prefix = f"{os.getpid():x}"
         self._count = itertools.count()
 
     def start(self) -> EngineFacts:
         """Attaches to the core. Raises what CoreClient.start raises."""
-        facts = self._client.start()
+        facts = self._client.start(self._send_due)
         share = _CPU_SENDING_SHARE if facts.device == "cpu" else _DEVICE_SENDING_SHARE
-        self._responses = Sender(
+        self._sender = Sender(
             budget_cores=share * len(os.sched_getaffinity(0)),
             on_pause=self._client.hold if self._stream_interval is None else None,
         )
@@ -103,8 +103,12 @@ class Generation:
         ]
 
     def run(self, request: Any, sequences: Sequence[LiveSequence], writer: ResponseWriter) -> None:
-        """Hands a Triton request's sequences to the core; responses follow from the sender thread."""
-        if self._responses is None or self._live is None:
+        """Hands a Triton request's sequences to the core; responses follow, one error at least.
+
+        Raises:
+            EngineDead: the model has not been started.
+        """
+        if self._sender is None or self._live is None:
             raise EngineDead("the model has not been started")
         live = LiveRequest(
             request_id=request.request_id(),
@@ -112,13 +116,15 @@ class Generation:
             sequences=sequences,
             writer=writer,
             cancel_in_core=self._client.cancel,
-            schedule=self._responses.schedule,
+            schedule=self._sender.schedule,
             on_end=self._live.remove,
             stream_interval=self._stream_interval,
         )
         self._live.add(live)
-        for sequence in sequences:
-            self._submit(sequence.request, live.push)
+        try:
+            self._client.submit([sequence.request for sequence in sequences], live.push)
+        except EngineDead as error:
+            live.fail(error.code, str(error))
         self._live.watch()
 
     def stop(self, request: Any) -> None:
@@ -139,18 +145,6 @@ class Generation:
         if self._live is not None:
             self._live.close(timeout_s=1.0)
         self._client.close(_FINALIZE_TIMEOUT_S)
-        if self._responses is not None:
-            self._responses.close(timeout_s=1.0)
 
-    def _submit(self, request: EngineRequest, sink: Callable[[RequestUpdate], None]) -> None:
-        try:
-            self._client.submit(request, sink)
-        except EngineDead as error:
-            sink(
-                RequestUpdate(
-                    request_id=request.request_id,
-                    finish_reason=FinishReason.ERROR,
-                    error_code=error.code,
-                    error=str(error),
-                )
-            )
+    def _send_due(self) -> float | None:
+        return None if self._sender is None else self._sender.send_due()

@@ -2,8 +2,8 @@
 """One Triton request while it runs: its sequences, the news that wait to be sent, and its one end.
 
 A Triton request becomes one core request per row and returned sequence. Invariants:
-    1. `push` and `cancel` may be called by any thread at any time; everything else happens on the one sender
-       thread that the request is pinned to, so responses keep their order
+    1. `cancel` and `is_cancelled_by_client` may be called by any thread at any time; everything else happens on the
+       one thread that hears from the core, so responses keep their order
     2. exactly one response carries the final flag, it is the last, and it is sent when every sequence has ended
        or one of them has failed; a failed one ends the whole request, as Triton knows one error per request
     3. whatever piled up since the last response leaves in the next one, so a sender that may not or cannot send more
@@ -125,7 +125,7 @@ class ResponseWriter(Protocol):
 
 
 class LiveRequest:
-    """A Triton request whose responses are sent from a sender thread."""
+    """A Triton request whose responses are sent when there is news of it."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class LiveRequest:
         Args:
             request_id: the client's name for it, may be empty.
             sender: the Triton request's response sender.
-            schedule: has `flush`, or for Haste.LOOK `look`, called on the sender thread.
+            schedule: has `flush`, or for Haste.LOOK `look`, called soon.
             on_end: called once, before the last response is sent.
             stream_interval: tokens per streamed response at least; None: as many as the pace of sending makes them.
         """
@@ -159,25 +159,20 @@ class LiveRequest:
         # Only this process can see the end that a stop string makes, and until it does the core goes on computing.
         self._has_stop_strings = any(sequence.request.sampling_params.stop for sequence in sequences)
         self._by_id = {sequence.request.request_id: sequence for sequence in sequences}
-        self._lock = threading.Lock()
         self._sender_lock = threading.Lock()
         self._updates: list[RequestUpdate] = []
         self._num_unsent_tokens = 0
         self._has_sent = False
-        self._scheduled: Haste | None = None
         self._failure: RequestUpdate | None = None
         self._is_ended = False
 
     def push(self, update: RequestUpdate) -> None:
         """Takes news from the core; costs an append."""
-        with self._lock:
-            self._updates.append(update)
-            self._num_unsent_tokens += len(update.new_token_ids)
-            haste = Haste.NOW if update.finish_reason is not None else self._haste()
-            if haste is None or (self._scheduled is not None and haste <= self._scheduled):
-                return
-            self._scheduled = haste
-        self._schedule(self, haste)
+        self._updates.append(update)
+        self._num_unsent_tokens += len(update.new_token_ids)
+        haste = Haste.NOW if update.finish_reason is not None else self._haste()
+        if haste is not None:
+            self._schedule(self, haste)
 
     def cancel(self) -> None:
         """Ends the request early; its last response still follows, with finish reason `cancelled`."""
@@ -189,7 +184,7 @@ class LiveRequest:
             return not self._is_ended and bool(self._sender.is_cancelled())
 
     def look(self) -> int:
-        """Finds out whether the news end a sequence, and if not, whether they may wait. Sender thread only.
+        """Finds out whether the news end a sequence, and if not, whether they may wait.
 
         Returns:
             The number of responses sent.
@@ -200,13 +195,11 @@ class LiveRequest:
         if haste is Haste.NOW:
             return self.flush()
         if haste is not None:
-            with self._lock:
-                self._scheduled = max(haste, self._scheduled or haste)
             self._schedule(self, haste)
         return 0
 
     def flush(self) -> int:
-        """Sends what has piled up. Sender thread only. Returns the number of responses sent."""
+        """Sends what has piled up. Returns the number of responses sent."""
         self._digest(is_sent=True)
         if self._is_ended:
             return 0
@@ -220,7 +213,7 @@ class LiveRequest:
         return num_sent
 
     def fail(self, code: ErrorCode, message: str) -> None:
-        """Ends the request with an error, and with it all its sequences. Sender thread only."""
+        """Ends the request with an error, and with it all its sequences."""
         if self._is_ended:
             return
         unfinished = [name for name, sequence in self._by_id.items() if not sequence.is_finished]
@@ -246,11 +239,9 @@ class LiveRequest:
 
         `is_sent`: what they have to say is sent next.
         """
-        with self._lock:
-            updates, self._updates = self._updates, []
-            self._scheduled = None
-            if is_sent:
-                self._num_unsent_tokens = 0
+        updates, self._updates = self._updates, []
+        if is_sent:
+            self._num_unsent_tokens = 0
         if self._is_ended:
             return False
         news: dict[str, list[RequestUpdate]] = {}

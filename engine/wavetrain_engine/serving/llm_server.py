@@ -55,7 +55,7 @@ class LlmServer(GeneratingModel):
         self._chats = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-template")
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Starts each request and returns; responses come from the sender thread."""
+        """Starts each request and returns; responses come from the thread that hears from the core."""
         for request in requests:
             if self._chats is not None and any(item.name() == MESSAGES_INPUT for item in request.inputs()):
                 self._chats.submit(self.start_or_refuse, request)

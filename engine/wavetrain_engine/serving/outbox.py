@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests have news to send, and which of them are due: pure bookkeeping, without a thread or a clock.
+"""Which requests have news to send, and which of them are due: pure bookkeeping, without a thread.
 
 Invariants:
     1. what is put is taken, once for each time it waits: never lost, never twice at a time
@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Generic, TypeVar
@@ -29,38 +28,28 @@ class Haste(IntEnum):
 
 
 class Outbox(Generic[_Item]):
-    """Collects items with news. `put` may be called by any thread, the rest by the sending one only."""
+    """Collects items with news, each with the greatest haste it was put with."""
 
     def __init__(self, pace: SendPace, clock: Callable[[], float] = time.monotonic) -> None:
         self._pace = pace
         self._clock = clock
-        self._arrived: deque[tuple[_Item, Haste]] = deque()
-        self._later: dict[_Item, None] = {}
+        self._waiting: dict[_Item, Haste] = {}
 
-    def put(self, item: _Item, haste: Haste) -> bool:
-        """Takes an item with news. Returns whether the sending thread has to be woken, having something to do now."""
-        self._arrived.append((item, haste))
-        return haste is not Haste.LATER or self._pace.wait_s(self._clock()) == 0.0
+    def put(self, item: _Item, haste: Haste) -> None:
+        """Takes an item with news."""
+        self._waiting[item] = max(haste, self._waiting.get(item, haste))
 
     def take(self) -> tuple[list[_Item], list[_Item]]:
         """Returns, and forgets, the items to look at and the items to send, none of them twice."""
-        look: dict[_Item, None] = {}
-        due: dict[_Item, None] = {}
-        while self._arrived:
-            item, haste = self._arrived.popleft()
-            (due if haste is Haste.NOW else look if haste is Haste.LOOK else self._later)[item] = None
-        if self._later and self._pace.wait_s(self._clock()) == 0.0:
-            due |= self._later
-        for item in due:
-            look.pop(item, None)
-            self._later.pop(item, None)
-        return list(look), list(due)
+        least = Haste.LATER if self._pace.wait_s(self._clock()) == 0.0 else Haste.NOW
+        look = [item for item, haste in self._waiting.items() if haste is Haste.LOOK]
+        due = [item for item, haste in self._waiting.items() if haste >= least and haste is not Haste.LOOK]
+        for item in (*look, *due):
+            del self._waiting[item]
+        return look, due
 
     def wait_s(self) -> float | None:
-        """Returns how long to wait before the next `take`; None: until `put` asks for it."""
-        wait_s = self._pace.wait_s(self._clock())
-        # Looked at after the clock: what arrives from here on is put at a later moment, and `put` sees that it is due.
-        if self._arrived:
-            return 0.0
-        # Without an item too: `put` wakes nobody for one that has to wait, so somebody has to be awake in time.
-        return wait_s if wait_s > 0.0 or self._later else None
+        """Returns how long to wait before the next `take`; None: until something is put."""
+        if not self._waiting:
+            return None
+        return 0.0 if max(self._waiting.values()) > Haste.LATER else self._pace.wait_s(self._clock())
