@@ -60,8 +60,8 @@ _LAST_WORDS_TIMEOUT_S = 5.0
 _LINGER_S = 1.0
 # A server without a pidfd is looked at this often.
 _POLL_INTERVAL_S = 0.2
-# Where the engine computes on the cores that also send, a first token waits beside the next step at each of the ten
-# threads it passes on its way out, 2 ms undisturbed. A lone request's next step waits instead; nobody else pays.
+# Where the engine computes on the cores that also send, a first token waits beside the next step at each of the seven
+# threads it passes on its way out, 1.5 ms undisturbed. A lone request's next step waits instead; nobody else pays.
 _FIRST_TOKEN_PAUSE_S = 0.003
 
 
