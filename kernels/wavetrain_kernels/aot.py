@@ -39,6 +39,8 @@ SHARED_LIMITS = {"sm_80": 163 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB}
 _MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 # wgmma's left operand, its second, is a list of registers, and no descriptor of shared memory.
 _REGISTER_OPERAND = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\}, *\{")
+# Plain stores, reductions and atomics, or copies of whole tiles.
+_STORE = re.compile(r"\b(?:st|red|atom)\.[\w.]*global|\bcp\.(?:reduce\.)?async\.bulk[\w.]*\.global\b")
 _POINTER_ALIGNMENT = 16
 
 
@@ -143,6 +145,8 @@ def _problems(case: AotCase, result: Compiled, ptx: str) -> Iterator[str]:
     limit = SHARED_LIMITS[result.arch]
     if result.shared_bytes > limit:
         yield f"{result.shared_bytes} bytes of shared memory, {result.arch} has {limit}"
+    if not _STORE.search(ptx):
+        yield "stores nothing: the compiler has dropped the whole kernel"
     if case.is_decode and result.spill_bytes:
         yield f"a decode kernel spills {result.spill_bytes} bytes of registers"
     if case.expects_wgmma and result.arch == "sm_90" and result.matrix_instruction != "wgmma":

@@ -303,8 +303,9 @@ def _aot_case(
             signature[name] = kind
         else:
             constexprs[name] = None
-    # On Blackwell no codebook (see `can_pack`), and 8 bytes of groups of 32 are spilt (Triton 3.6).
-    newest = () if scheme.has_codebook or shape.plane == 32 else ("sm_100",)
+    # On Blackwell no codebook (see `can_pack`), no tile of more than 64 rows (see `row_tile`: Triton 3.6 makes an empty
+    # kernel of one), and 8 bytes of groups of 32 are spilt.
+    newest = () if scheme.has_codebook or shape.plane == 32 or config.block_t > 64 else ("sm_100",)
     name = f"weight_only/{scheme_name}/{dtype}/{shape.out_features}x{shape.in_features}"
     name += f"{'/a100' if device is A100 else ''}/t{config.block_t}"
     name += f"s{config.num_stages}{'/split' if config.num_splits > 1 else ''}{f'/{activation}' if activation else ''}"

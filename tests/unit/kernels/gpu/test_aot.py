@@ -56,6 +56,7 @@ def test_what_is_fit(unfit):
         ("an argument is unknown", "the kernel has no arguments ['DEPTH']"),
         ("does not compile", "CompilationError"),
         ("spills", "a decode kernel spills"),
+        ("stores nothing", "stores nothing"),
     ],
 )
 def test_what_is_not(unfit, name, problem):

@@ -32,6 +32,11 @@ def _large_kernel(out_ptr, x_ptr, SIZE: tl.constexpr):  # noqa: N803
     tl.store(out_ptr + places, x / tl.sum(x))  # all of x stays alive until its sum is known
 
 
+@triton.jit
+def _empty_kernel(out_ptr, x_ptr):
+    tl.load(x_ptr)  # and out_ptr is forgotten
+
+
 POINTERS = {"out_ptr": "*fp32", "x_ptr": "*fp16"}
 FIT = AotCase("fit", _product_kernel, POINTERS, {"SIZE": 64, "STAGES": 1}, 4, 1, expects_wgmma=True)
 CASES = [
@@ -47,6 +52,7 @@ CASES = [
         AotCase("spills", _large_kernel, {"out_ptr": "*fp32", "x_ptr": "*fp32"}, {"SIZE": 16384}, 1, 1, is_decode=True),
         "sm_90",
     ),
+    (AotCase("stores nothing", _empty_kernel, POINTERS, {}, 1, 1), "sm_100"),
 ]
 
 
