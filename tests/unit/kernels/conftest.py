@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from wavetrain_kernels.cpu.build import build, find_compiler
 from wavetrain_kernels.cpu.instruction_set import LEVELS, InstructionSet, available_levels
@@ -52,7 +54,9 @@ def each_kernel_set(request: pytest.FixtureRequest, compiled_cache: Path) -> Ker
 
 
 @pytest.fixture
-def kernels(each_kernel_set: KernelSet, monkeypatch: pytest.MonkeyPatch) -> KernelSet:
-    """The set that answers for the CPU in this test."""
+def kernels(each_kernel_set: KernelSet, monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelSet]:
+    """The set that answers for the CPU in this test, which may change the number of threads."""
     monkeypatch.setattr(dispatch, "_CHOSEN", {"cpu": each_kernel_set})
-    return each_kernel_set
+    num_threads = torch.get_num_threads()
+    yield each_kernel_set
+    torch.set_num_threads(num_threads)

@@ -7,7 +7,6 @@ Linear layers and norms are looked at beside their other tests.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -21,12 +20,9 @@ from wavetrain_kernels.reference.kv_cache import quantize_heads
 
 
 @pytest.fixture(autouse=True)
-def compiled(kernels: KernelSet) -> Iterator[None]:
+def compiled(kernels: KernelSet) -> None:
     if kernels.name == "reference":
         pytest.skip("PyTorch's results depend on the batch")
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Contexts:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +18,7 @@ from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.ops import PackedExperts
 
+pytestmark = pytest.mark.usefixtures("kernels")
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
@@ -34,13 +33,6 @@ SIZES = [
     (40, 5, 2, 64, 100),
     (130, 2, 2, 257, 17),
 ]
-
-
-@pytest.fixture(autouse=True)
-def same_number_of_threads_after(kernels: KernelSet) -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Layer:

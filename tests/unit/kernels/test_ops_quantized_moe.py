@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from wavetrain_kernels.errors import DtypeError, ShapeError
 from wavetrain_kernels.kernel_set import KernelSet
 from wavetrain_kernels.ops import PackedExperts, QuantizedWeight, dispatch
 from wavetrain_kernels.reference.quantized_linear import round_inputs
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 CPU = torch.device("cpu")
 NAMES = sorted(every_scheme(32))
@@ -34,13 +35,6 @@ SIZES = [
     (9, 3, 2, 200, 72),
     (40, 2, 2, 130, 64),
 ]
-
-
-@pytest.fixture(autouse=True)
-def same_number_of_threads_after(kernels: KernelSet) -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def random_experts(name: str, num_experts: int, rows: int, columns: int) -> list[QuantizedWeight]:
