@@ -7,8 +7,6 @@ the bits, and convert them by integer arithmetic. What writes the cache does so 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +69,7 @@ def widen_codes(codes, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def load_scales(key_scale_ptr, value_scale_ptr, offsets, is_wanted) -> Any:
+def load_scales(key_scale_ptr, value_scale_ptr, offsets, is_wanted) -> tuple[tl.tensor | float, tl.tensor | float]:
     """Scales of keys and of values in float32; 0 where not wanted, since what lies there may be NaN.
 
     The pointers are None where there are none: then what is returned is none for the functions below.
