@@ -11,19 +11,25 @@ namespace wavetrain {
 constexpr int64_t kStreamBytes = 8 << 10;   // of a panel that many rows pass by
 constexpr int kAhead = 4096;   // bytes of a panel that are asked for before they are read
 
-// sums (+)= kRows rows of x times a segment of kPanels panels. kAhead: bytes ahead that a panel is asked for; 0: it is not.
-template <typename Data, int kRows, int kPanels, int kAhead>
+// What is asked for beside products: nothing; what few rows read next, whole, for the first-level cache; or half of what all
+// rows read next, for the second-level one.
+enum class Fetch { kNone, kNear, kHalf };
+
+// sums (+)= kRows rows of x times a segment of kPanels panels. next: what kHalf asks for; it moves on.
+template <typename Data, int kRows, int kPanels, Fetch kFetch>
 inline void multiply_segment(typename Data::Sum (&sums)[kPanels][kRows][2], const Data& data, const char* x, const uint8_t* b,
-                             int64_t panel_stride) {
+                             int64_t panel_stride, const uint8_t*& next) {
 #pragma GCC unroll 4
     for (int unit = 0; unit < Data::kUnits; ++unit) {
         typename Data::Weights weights[kPanels][2];
         for (int panel = 0; panel < kPanels; ++panel) {
             const uint8_t* from = b + panel * panel_stride;
             constexpr int kUnitBytes = Data::kBytes / Data::kUnits;
-            if (kAhead && unit * kUnitBytes % 64 == 0)
+            if (kFetch == Fetch::kNear && unit * kUnitBytes % 64 == 0)
                 for (int line = 0; line < kUnitBytes; line += 64)
-                    _mm_prefetch((const char*)from + unit * kUnitBytes + line + kAhead, _MM_HINT_T0);
+                    _mm_prefetch((const char*)from + unit * kUnitBytes + line + kAhead / kPanels, _MM_HINT_T0);
+            if (kFetch == Fetch::kHalf && unit * kUnitBytes % 128 == 0)
+                for (int line = 0; line < kUnitBytes; line += 128, next += 64) _mm_prefetch((const char*)next, _MM_HINT_T1);
             data.decode(weights[panel], from, unit);
         }
 #pragma GCC unroll 8
@@ -65,14 +71,15 @@ struct Product {
     const uint8_t* decoded;   // segments from `first_segment` on, or null: they are read from the panels
     int64_t first_segment;
     int64_t row;              // the first one
+    const uint8_t* next = nullptr;   // what Fetch::kHalf asks for
 
     const uint8_t* at(int64_t group, int64_t segment) const {
         return decoded ? decoded + (segment - first_segment) * Data::kBytes : segment_at(format, panel, group, segment);
     }
 
     // totals [kPanels][kBlock][32] and partial sums [kRows][32] of the rows of one piece.
-    template <int kRows, int kPanels, int kAhead>
-    void run_piece(const Piece& piece, float* totals, float* partial) const {
+    template <int kRows, int kPanels, Fetch kFetch>
+    void run_piece(const Piece& piece, float* totals, float* partial) {
         constexpr int kInSteps = kRowBytes / (4 * Data::kUnits);   // segments of a step
         using Sum = typename Data::Sum;
         int64_t panel_stride = kPanels == 1 ? 0 : format.panel_bytes();
@@ -87,11 +94,12 @@ struct Product {
                 for (int p = 0; p < kPanels; ++p) sums[p][i][half] = start;
             }
         const char* x = rows.row(row);
-        const uint8_t* b = at(piece.group, piece.begin);
+        const uint8_t *b = at(piece.group, piece.begin), *ahead = next;
         for (int64_t segment = piece.begin; segment < piece.end; ++segment, b += Data::kBytes) {
             const char* here = x + segment / kInSteps * rows.kStepBytes + segment % kInSteps * 4 * Data::kUnits;
-            multiply_segment<Data, kRows, kPanels, kAhead>(sums, data, here, b, panel_stride);
+            multiply_segment<Data, kRows, kPanels, kFetch>(sums, data, here, b, panel_stride, ahead);
         }
+        next = ahead;
         if (!piece.is_last) {
 #pragma GCC unroll 8
             for (int i = 0; i < kRows; ++i)
@@ -105,22 +113,22 @@ struct Product {
         }
     }
 
-    template <int kRows, int kPanels, int kAhead>
-    void run(int64_t begin, int64_t end, float* totals, float* partial) const {
+    template <int kRows, int kPanels, Fetch kFetch>
+    void run(int64_t begin, int64_t end, float* totals, float* partial) {
         if (begin == 0)
             for (int p = 0; p < kPanels; ++p) memset(totals + p * kBlock * kPanel, 0, kRows * kPanel * sizeof(float));
-        for_each_piece(format, begin, end, [&](const Piece& piece) { run_piece<kRows, kPanels, kAhead>(piece, totals, partial); });
+        for_each_piece(format, begin, end, [&](const Piece& piece) { run_piece<kRows, kPanels, kFetch>(piece, totals, partial); });
     }
 
     // `rows` rows of one panel, as many at once as registers hold.
-    template <int kAhead>
-    void run_rows(int64_t count, int64_t begin, int64_t end, float* totals, float* partial) const {
+    template <Fetch kFetch>
+    void run_rows(int64_t count, int64_t begin, int64_t end, float* totals, float* partial) {
         switch (count) {
-            case 1: case 2: return run<2, 1, kAhead>(begin, end, totals, partial);
+            case 1: case 2: return run<2, 1, kFetch>(begin, end, totals, partial);
 #if defined(__AVX512F__)
-            case 3: case 4: return run<4, 1, kAhead>(begin, end, totals, partial);
-            case 5: case 6: return run<6, 1, kAhead>(begin, end, totals, partial);
-            default: return run<8, 1, kAhead>(begin, end, totals, partial);
+            case 3: case 4: return run<4, 1, kFetch>(begin, end, totals, partial);
+            case 5: case 6: return run<6, 1, kFetch>(begin, end, totals, partial);
+            default: return run<8, 1, kFetch>(begin, end, totals, partial);
 #endif
         }
     }
@@ -136,10 +144,10 @@ inline int64_t multiply_few_rows(const QuantizedLinear& op, const Source& source
     Product<Source> product{op.format, rows, source, Correction(source), start, nullptr, 0, row};
     int64_t segments = op.format.segments(), done = 1;
     if (count == 1 && panels >= kTogether) {
-        product.template run<1, kTogether, kAhead / kTogether>(0, segments, totals, nullptr);
+        product.template run<1, kTogether, Fetch::kNear>(0, segments, totals, nullptr);
         done = kTogether;
     } else {
-        product.template run_rows<kAhead>(count, 0, segments, totals, nullptr);
+        product.template run_rows<Fetch::kNear>(count, 0, segments, totals, nullptr);
     }
     for (int64_t i = 0; i < done; ++i) finish_panel(op.target, totals + i * kBlock * kPanel, row, count, panel + i);
     return done;
@@ -175,16 +183,20 @@ inline void multiply_many_rows(const QuantizedLinear& op, const Source& source, 
     int64_t segments = op.format.segments();
     for (int64_t begin = 0; begin < segments; begin += kSegments) {
         int64_t end = segments - begin < kSegments ? segments : begin + kSegments;
+        int64_t half = (end - begin) * Source::kBytes / 2;
+        const uint8_t* behind = start + end * Source::kBytes + end / op.format.group_segments() * op.format.header_bytes();
         if constexpr (kIsDecoded) decode_segments(op, source, decoded, start, begin, end);
         for (int64_t i = 0; i < count; i += kRowsAtOnce) {
             int64_t rows = count - i < kRowsAtOnce ? count - i : kRowsAtOnce;
             float *sums = totals + i * kPanel, *parts = partial + i * kPanel;
-            if constexpr (kIsDecoded)
-                Product<DecodedPairs>{op.format, prepared, DecodedPairs(), left, start, decoded, begin, row + i}.template run_rows<0>(
-                    rows, begin, end, sums, parts);
-            else
-                Product<Source>{op.format, prepared, source, left, start, nullptr, 0, row + i}.template run_rows<kAhead>(
-                    rows, begin, end, sums, parts);
+            if constexpr (kIsDecoded) {
+                Product<DecodedPairs>{op.format, prepared, DecodedPairs(), left, start, decoded, begin, row + i}
+                    .template run_rows<Fetch::kNone>(rows, begin, end, sums, parts);
+            } else {
+                Product<Source> product{op.format, prepared, source, left, start, nullptr, 0, row + i, behind + (i ? half : 0)};
+                if (i < 2 * kRowsAtOnce) product.template run_rows<Fetch::kHalf>(rows, begin, end, sums, parts);
+                else product.template run_rows<Fetch::kNone>(rows, begin, end, sums, parts);
+            }
             if (end == segments) finish_panel(op.target, sums, row + i, rows, panel);
         }
     }
