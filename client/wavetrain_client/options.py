@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict, cast
@@ -119,7 +119,7 @@ class GenerationRequest:
         if self.timeout_s is not None and not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
             raise RequestRejected(f"timeout_s must be a positive number of seconds, got {self.timeout_s}")
         if self.request_id is None:
-            object.__setattr__(self, "request_id", uuid.uuid4().hex)
+            object.__setattr__(self, "request_id", secrets.token_hex(16))
         elif not self.request_id:
             raise RequestRejected("request_id must not be empty; leave it out to have one made")
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:

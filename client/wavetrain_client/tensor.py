@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from wavetrain_client.errors import RequestRejected, ServerFailed
 
@@ -30,8 +29,7 @@ _FORMATS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One input or output tensor; `data` is its raw content."""
 
     name: str

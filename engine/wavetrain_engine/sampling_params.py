@@ -158,14 +158,14 @@ _INTS = {"n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_l
 _FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 _BOOLS = {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"}
 _LISTS = {"stop", "stop_token_ids", "bad_words", "bad_words_token_ids"}
+_KNOWN = _INTS | _FLOATS | _BOOLS | _LISTS | {"logit_bias"}
 _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", *_LISTS}
 
 
 def _coerce(name: str, value: Any) -> Any:
-    known = _INTS | _FLOATS | _BOOLS | _LISTS | {"logit_bias"}
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(sorted(known))}"
+    if name not in _KNOWN:
+        nearest = difflib.get_close_matches(name, _KNOWN, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(sorted(_KNOWN))}"
         raise InvalidSamplingParams(f"unknown sampling parameter {name[:64]!r}{hint}")
     if value is None and name in _OPTIONAL:
         return None

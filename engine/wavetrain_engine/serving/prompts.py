@@ -14,6 +14,7 @@ from wavetrain_engine.text.bad_words import bad_words_token_ids
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _MAX_UTF8_BYTES_PER_CHAR = 4
+_WORD_INPUTS = frozenset({"stop_words", "bad_words", "embedding_bias_words", "embedding_bias_weights"})
 
 
 def encode_prompt(
@@ -40,6 +41,8 @@ def word_inputs(tensors: RequestTensors, row: int, tokenizer: Tokenizer) -> dict
     Raises:
         RequestError: there are too many, or biases and their words differ in number.
     """
+    if _WORD_INPUTS.isdisjoint(tensors.names):
+        return {}
     return merge_params(
         stop_word_params(tensors.texts("stop_words", row), tokenizer),
         {"bad_words_token_ids": bad_word_ids(tensors, row, tokenizer)},

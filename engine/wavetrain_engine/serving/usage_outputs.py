@@ -31,9 +31,11 @@ class News(NamedTuple):
 
 def usage_outputs(rows: Sequence[Sequence[News]], *, has_batch_dimension: bool) -> list[Any]:
     """Returns the legacy contract's tensors beside text and ids, for one response."""
+    options = rows[0][0].sequence.options
+    if not options.return_log_probs and not options.return_perf_metrics:
+        return []
     make = partial(tensor, has_batch_dimension=has_batch_dimension)
     every = [news.sequence for row in rows for news in row]
-    options = every[0].options
     outputs: list[Any] = []
     if options.return_log_probs:
         chosen = [[[entry.logprobs[0] for entry in news.unsent.logprobs] for news in row] for row in rows]
