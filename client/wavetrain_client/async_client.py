@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The asyncio shell around `StreamSession`: the same client as `client.py`, waiting with `await`.
 
-One grpc.aio channel with tritonclient's stub on it, and one call per request. An `AsyncClient` belongs to the event
+One grpc.aio channel, and one call per request. An `AsyncClient` belongs to the event
 loop in which it was first used.
 """
 

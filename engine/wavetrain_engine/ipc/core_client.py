@@ -50,7 +50,7 @@ from wavetrain_engine.stats import EngineStats
 _LOGGER = logging.getLogger(__name__)
 Sink = Callable[[RequestUpdate], None]
 # Deals with the news that sinks were given. Returns after how many seconds there is more to do; None: with news.
-AfterNews = Callable[[], "float | None"]
+AfterNews = Callable[[], float | None]
 
 MAX_RESTART_DELAY_S = 30.0
 _FIRST_RESTART_DELAY_S = 0.5
@@ -75,7 +75,7 @@ class CoreClient:
     """Submits requests to the engine core of this server and hands the updates to their sinks.
 
     `submit`, `cancel`, `hold` and `read_stats` may be called from any thread. Sinks are called on the I/O thread, in
-    order; they must be quick and must not raise, as must what is called after them.
+    order; they, and what is called after them, must be quick and must not raise.
     """
 
     def __init__(

@@ -103,7 +103,7 @@ class Generation:
         ]
 
     def run(self, request: Any, sequences: Sequence[LiveSequence], writer: ResponseWriter) -> None:
-        """Hands a Triton request's sequences to the core; responses follow, one error at least.
+        """Hands a Triton request's sequences to the core; responses follow, an error where there is no core.
 
         Raises:
             EngineDead: the model has not been started.
