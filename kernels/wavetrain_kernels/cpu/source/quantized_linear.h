@@ -23,19 +23,16 @@ struct alignas(64) ProductMemory {
     uint8_t decoded[kDecodedBytes];
 };
 
-// Computes and stores rows [row, row + count) times the first of `panels` panels from `panel` on, or more of them; returns how
-// many. Not inlined: compiled once for layers and mixtures.
+// Computes and stores rows [row, row + count) times one panel. Not inlined: compiled once for layers and mixtures.
 template <typename Source>
-[[gnu::noinline]] int64_t multiply_panels(const QuantizedLinear& op, const Source& source, ProductMemory& memory, int64_t row,
-                                          int64_t count, int64_t panel, int64_t panels) {
+[[gnu::noinline]] void multiply_panel(const QuantizedLinear& op, const Source& source, ProductMemory& memory, int64_t row,
+                                      int64_t count, int64_t panel) {
 #if WAVETRAIN_AMX
-    (void)panels;
     multiply_on_tiles(op, source, memory.totals, memory.partial, memory.decoded, row, count, panel);
 #else
-    if (count <= kRowsAtOnce) return multiply_few_rows(op, source, memory.totals, row, count, panel, panels);
-    multiply_many_rows(op, source, memory.totals, memory.partial, memory.decoded, row, count, panel);
+    if (count <= kRowsAtOnce) multiply_few_rows(op, source, memory.totals, row, count, panel);
+    else multiply_many_rows(op, source, memory.totals, memory.partial, memory.decoded, row, count, panel);
 #endif
-    return 1;
 }
 
 template <typename Source>
@@ -48,11 +45,10 @@ inline void run(const QuantizedLinear& op, const Source& source) {
     int64_t panels = num_panels(op.format.n, op.format.is_gated);
     int64_t chunk = rows_at_once(op.target.m, op.format.steps() * kRowBytes / (int64_t)sizeof(bf16));
     Range units = share(ceil_div(op.target.m, chunk) * panels);
-    for (int64_t unit = units.begin; unit < units.end;) {
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
         int64_t panel = unit % panels, row = unit / panels * chunk;
         int64_t count = op.target.m - row < chunk ? op.target.m - row : chunk;
-        int64_t last = panels - panel < units.end - unit ? panels - panel : units.end - unit;
-        unit += multiply_panels(op, source, *memory, row, count, panel, last);
+        multiply_panel(op, source, *memory, row, count, panel);
     }
 }
 

@@ -50,10 +50,9 @@ struct DenseSource {
     static constexpr int32_t center() { return 0; }
 };
 
-inline int64_t multiply_panels(const QuantizedLinear& op, const DenseSource&, ProductMemory& memory, int64_t row, int64_t count,
-                               int64_t panel, int64_t) {
+inline void multiply_panel(const QuantizedLinear& op, const DenseSource&, ProductMemory& memory, int64_t row, int64_t count,
+                           int64_t panel) {
     multiply_panel(op.target, memory.totals, row, count, panel);
-    return 1;
 }
 
 template <typename Visit>
@@ -97,14 +96,6 @@ inline void prepare_pairs(const ExpertStack& stack, const Source& source, const 
     }
 }
 
-// Computes and stores rows [row, row + count) times panels.
-template <typename Source>
-inline void multiply_range(const QuantizedLinear& op, const Source& source, ProductMemory& memory, int64_t row, int64_t count,
-                           Range panels) {
-    for (int64_t panel = panels.begin; panel < panels.end;)
-        panel += multiply_panels(op, source, memory, row, count, panel, panels.end - panel);
-}
-
 inline ProductMemory& product_memory() { return *(ProductMemory*)thread_memory().reserve(sizeof(ProductMemory)); }
 
 // Rows of one expert that pass a panel before the next one, as run(QuantizedLinear) has it.
@@ -130,21 +121,20 @@ inline void run_gates(const QuantizedMixture& op, const Groups& groups, const So
         linear.target.out = op.units(groups) + groups.starts[expert] * inner;
         linear.target.out_stride = inner, linear.target.activation = op.mixture.activation;
         for (int64_t row = 0; row < count; row += chunk)
-            multiply_range(linear, source, memory, row, count - row < chunk ? count - row : chunk, own);
+            for (int64_t panel = own.begin; panel < own.end; ++panel)
+                multiply_panel(linear, source, memory, row, count - row < chunk ? count - row : chunk, panel);
     });
 }
-
-constexpr int64_t kFewRows = 8, kFewPanels = 4;   // of which several panels are multiplied before their products are added
 
 inline ThreadMemory& sum_memory() {
     thread_local ThreadMemory memory;
     return memory;
 }
 
-// A thread's room for the products of an expert's rows with one panel, or of few rows with several.
+// A thread's room for the products of an expert's rows with one panel.
 inline float* product_room(const QuantizedMixture& op, const Groups& groups) {
     thread_local ThreadMemory memory;
-    int64_t most = kFewRows * kFewPanels;
+    int64_t most = 0;
     for (int64_t expert = 0; expert < op.mixture.num_experts; ++expert)
         if (groups.count(expert) > most) most = groups.count(expert);
     auto* room = (float*)memory.reserve(most * kPanel * (int64_t)sizeof(float));
@@ -156,23 +146,20 @@ inline float* product_room(const QuantizedMixture& op, const Groups& groups) {
 template <typename Source>
 inline void add_expert(const QuantizedMixture& op, const Groups& groups, const Source& source, ProductMemory& memory, float* products,
                        float* sums, int64_t expert, Range columns) {
-    int64_t count = groups.count(expert), together = count > kFewRows ? 1 : kFewPanels;
+    int64_t count = groups.count(expert);
     if (!count) return;
     int64_t chunk = expert_rows_at_once(op.down, count);
     int64_t width = (columns.end - columns.begin) * kPanel, start = groups.starts[expert];
     char* rows = expert_rows(op.down, groups, op.rows(groups), expert);
-    for (int64_t panel = columns.begin; panel < columns.end; panel += together) {
-        int64_t some = columns.end - panel < together ? columns.end - panel : together;
+    for (int64_t panel = columns.begin; panel < columns.end; ++panel) {
         QuantizedLinear linear = expert_linear(op.down, expert, rows, count, panel);
-        linear.target.out = products, linear.target.out_stride = some * kPanel, linear.target.is_float_out = true;
-        for (int64_t row = 0; row < count; row += chunk) {
-            int64_t end = count - row < chunk ? count : row + chunk;
-            multiply_range(linear, source, memory, row, end - row, {0, some});
-            for (int64_t i = row; i < end; ++i)
-                for (int64_t at = 0; at < some; ++at)   // what is past the last column is added up too, and not stored
-                    add_weighted(sums + groups.tokens[start + i] * width + (panel - columns.begin + at) * kPanel,
-                                 groups.weights[start + i], products + (i * some + at) * kPanel);
-        }
+        linear.target.out = products, linear.target.out_stride = kPanel, linear.target.is_float_out = true;
+        float* own = sums + (panel - columns.begin) * kPanel;
+        for (int64_t row = 0; row < count; row += chunk)
+            multiply_panel(linear, source, memory, row, count - row < chunk ? count - row : chunk, 0);
+        // What is past the last column is added up too, and not stored.
+        for (int64_t i = 0; i < count; ++i)
+            add_weighted(own + groups.tokens[start + i] * width, groups.weights[start + i], products + i * kPanel);
     }
 }
 

@@ -15,31 +15,26 @@ constexpr int kAhead = 4096;   // bytes of a panel that are asked for before the
 // rows read next, for the second-level one.
 enum class Fetch { kNone, kNear, kHalf };
 
-// sums (+)= kRows rows of x times a segment of kPanels panels. next: what kHalf asks for; it moves on.
-template <typename Data, int kRows, int kPanels, Fetch kFetch>
-inline void multiply_segment(typename Data::Sum (&sums)[kPanels][kRows][2], const Data& data, const char* x, const uint8_t* b,
-                             int64_t panel_stride, const uint8_t*& next) {
+// sums (+)= kRows rows of x times a segment of a panel. next: what kHalf asks for; it moves on.
+template <typename Data, int kRows, Fetch kFetch>
+inline void multiply_segment(typename Data::Sum (&sums)[kRows][2], const Data& data, const char* x, const uint8_t* b,
+                             const uint8_t*& next) {
+    constexpr int kUnitBytes = Data::kBytes / Data::kUnits;
 #pragma GCC unroll 4
     for (int unit = 0; unit < Data::kUnits; ++unit) {
-        typename Data::Weights weights[kPanels][2];
-        for (int panel = 0; panel < kPanels; ++panel) {
-            const uint8_t* from = b + panel * panel_stride;
-            constexpr int kUnitBytes = Data::kBytes / Data::kUnits;
-            if (kFetch == Fetch::kNear && unit * kUnitBytes % 64 == 0)
-                for (int line = 0; line < kUnitBytes; line += 64)
-                    _mm_prefetch((const char*)from + unit * kUnitBytes + line + kAhead / kPanels, _MM_HINT_T0);
-            if (kFetch == Fetch::kHalf && unit * kUnitBytes % 128 == 0)
-                for (int line = 0; line < kUnitBytes; line += 128, next += 64) _mm_prefetch((const char*)next, _MM_HINT_T1);
-            data.decode(weights[panel], from, unit);
-        }
+        if (kFetch == Fetch::kNear && unit * kUnitBytes % 64 == 0)
+            for (int line = 0; line < kUnitBytes; line += 64)
+                _mm_prefetch((const char*)b + unit * kUnitBytes + line + kAhead, _MM_HINT_T0);
+        if (kFetch == Fetch::kHalf && unit * kUnitBytes % 128 == 0)
+            for (int line = 0; line < kUnitBytes; line += 128, next += 64) _mm_prefetch((const char*)next, _MM_HINT_T1);
+        typename Data::Weights weights[2];
+        data.decode(weights, b, unit);
 #pragma GCC unroll 8
         for (int row = 0; row < kRows; ++row) {
             int32_t four;
             memcpy(&four, x + row * kRowBytes + unit * 4, sizeof four);
             typename Data::Input input = Data::input(four);
-            for (int panel = 0; panel < kPanels; ++panel)
-                for (int half = 0; half < 2; ++half)
-                    sums[panel][row][half] = multiply(sums[panel][row][half], input, weights[panel][half]);
+            for (int half = 0; half < 2; ++half) sums[row][half] = multiply(sums[row][half], input, weights[half]);
         }
     }
 }
@@ -60,15 +55,15 @@ inline Sum load_sum(const float* p) {
 inline void store_sum(float* p, Floats x) { store(p, x); }
 inline void store_sum(float* p, Ints x) { store((int32_t*)p, x); }
 
-// Rows of x against segments of panels: those of the weight, or decoded ones.
+// Rows of x against segments of a panel: those of the weight, or decoded ones.
 template <typename Data>
 struct Product {
     const QuantizedFormat& format;
     const PreparedRows& rows;
     const Data& data;
     Correction left;
-    const uint8_t* panel;     // the first one
-    const uint8_t* decoded;   // segments from `first_segment` on, or null: they are read from the panels
+    const uint8_t* panel;
+    const uint8_t* decoded;   // segments from `first_segment` on, or null: they are read from the panel
     int64_t first_segment;
     int64_t row;              // the first one
     const uint8_t* next = nullptr;   // what Fetch::kHalf asks for
@@ -77,80 +72,67 @@ struct Product {
         return decoded ? decoded + (segment - first_segment) * Data::kBytes : segment_at(format, panel, group, segment);
     }
 
-    // totals [kPanels][kBlock][32] and partial sums [kRows][32] of the rows of one piece.
-    template <int kRows, int kPanels, Fetch kFetch>
+    // totals and partial sums [kRows][32] of the rows of one piece.
+    template <int kRows, Fetch kFetch>
     void run_piece(const Piece& piece, float* totals, float* partial) {
         constexpr int kInSteps = kRowBytes / (4 * Data::kUnits);   // segments of a step
         using Sum = typename Data::Sum;
-        int64_t panel_stride = kPanels == 1 ? 0 : format.panel_bytes();
-        Sum sums[kPanels][kRows][2];
+        Sum sums[kRows][2];
         // Loops over rows are unrolled: indexed by a variable, sums would lie in memory.
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                Sum start = piece.is_first ? start_of<Sum>(rows, (row + i) * rows.groups + piece.group)
-                                           : load_sum<Sum>(partial + i * kPanel + half * kTile);
-                for (int p = 0; p < kPanels; ++p) sums[p][i][half] = start;
-            }
+            for (int half = 0; half < 2; ++half)
+                sums[i][half] = piece.is_first ? start_of<Sum>(rows, (row + i) * rows.groups + piece.group)
+                                               : load_sum<Sum>(partial + i * kPanel + half * kTile);
         const char* x = rows.row(row);
         const uint8_t *b = at(piece.group, piece.begin), *ahead = next;
         for (int64_t segment = piece.begin; segment < piece.end; ++segment, b += Data::kBytes) {
             const char* here = x + segment / kInSteps * rows.kStepBytes + segment % kInSteps * 4 * Data::kUnits;
-            multiply_segment<Data, kRows, kPanels, kFetch>(sums, data, here, b, panel_stride, ahead);
+            multiply_segment<Data, kRows, kFetch>(sums, data, here, b, ahead);
         }
         next = ahead;
         if (!piece.is_last) {
 #pragma GCC unroll 8
             for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-                for (int half = 0; half < 2; ++half) store_sum(partial + i * kPanel + half * kTile, sums[0][i][half]);
+                for (int half = 0; half < 2; ++half) store_sum(partial + i * kPanel + half * kTile, sums[i][half]);
             return;
         }
-        for (int p = 0; p < kPanels; ++p) {
-            Group group(format, panel + p * panel_stride, piece.group, left.factor);
-            add_group(rows, group, left, piece.group, row, format.has_offsets, sums[p], totals + p * kBlock * kPanel);
-        }
+        Group group(format, panel, piece.group, left.factor);
+        add_group(rows, group, left, piece.group, row, format.has_offsets, sums, totals);
     }
 
-    template <int kRows, int kPanels, Fetch kFetch>
+    template <int kRows, Fetch kFetch>
     void run(int64_t begin, int64_t end, float* totals, float* partial) {
-        if (begin == 0)
-            for (int p = 0; p < kPanels; ++p) memset(totals + p * kBlock * kPanel, 0, kRows * kPanel * sizeof(float));
-        for_each_piece(format, begin, end, [&](const Piece& piece) { run_piece<kRows, kPanels, kFetch>(piece, totals, partial); });
+        if (begin == 0) memset(totals, 0, kRows * kPanel * sizeof(float));
+        for_each_piece(format, begin, end, [&](const Piece& piece) { run_piece<kRows, kFetch>(piece, totals, partial); });
     }
 
-    // `rows` rows of one panel, as many at once as registers hold.
+    // At most as many rows as registers hold.
     template <Fetch kFetch>
     void run_rows(int64_t count, int64_t begin, int64_t end, float* totals, float* partial) {
         switch (count) {
-            case 1: case 2: return run<2, 1, kFetch>(begin, end, totals, partial);
+            case 1: return run<1, kFetch>(begin, end, totals, partial);
+            case 2: return run<2, kFetch>(begin, end, totals, partial);
 #if defined(__AVX512F__)
-            case 3: case 4: return run<4, 1, kFetch>(begin, end, totals, partial);
-            case 5: case 6: return run<6, 1, kFetch>(begin, end, totals, partial);
-            default: return run<8, 1, kFetch>(begin, end, totals, partial);
+            case 3: case 4: return run<4, kFetch>(begin, end, totals, partial);
+            case 5: case 6: return run<6, kFetch>(begin, end, totals, partial);
+            default: return run<8, kFetch>(begin, end, totals, partial);
 #endif
         }
     }
 };
 
-// Few rows. Of one row several panels at once, as one panel has too few sums to keep the core busy.
+// Few rows: a panel from its begin to its end, in the order of memory.
 template <typename Source>
-inline int64_t multiply_few_rows(const QuantizedLinear& op, const Source& source, float* totals, int64_t row, int64_t count,
-                                 int64_t panel, int64_t panels) {
-    constexpr int kTogether = kRowsAtOnce == 8 ? 4 : 2;
+inline void multiply_few_rows(const QuantizedLinear& op, const Source& source, float* totals, int64_t row, int64_t count,
+                              int64_t panel) {
     const uint8_t* start = op.packed + panel * op.format.panel_bytes();
     PreparedRows rows = op.prepared();
     Product<Source> product{op.format, rows, source, Correction(source), start, nullptr, 0, row};
-    int64_t segments = op.format.segments(), done = 1;
-    if (count == 1 && panels >= kTogether) {
-        product.template run<1, kTogether, Fetch::kNear>(0, segments, totals, nullptr);
-        done = kTogether;
-    } else {
-        product.template run_rows<Fetch::kNear>(count, 0, segments, totals, nullptr);
-    }
-    for (int64_t i = 0; i < done; ++i) finish_panel(op.target, totals + i * kBlock * kPanel, row, count, panel + i);
-    return done;
+    product.template run_rows<Fetch::kNear>(count, 0, op.format.segments(), totals, nullptr);
+    finish_panel(op.target, totals, row, count, panel);
 }
 
 // Segments of a panel, decoded one after the other.
