@@ -23,8 +23,7 @@ struct Correction {
 struct Group {
     Floats scales[2], offsets[2];
 
-    // A call would put the sums of the rows into memory and take them back.
-    __attribute__((always_inline)) Group(const QuantizedFormat& format, const uint8_t* panel, int64_t number, float factor) {
+    [[gnu::always_inline]] Group(const QuantizedFormat& format, const uint8_t* panel, int64_t number, float factor) {
         const uint8_t* header = header_at(format, panel, number);
         for (int half = 0; half < 2; ++half) {
             Floats scale = format.has_half_scales ? load_half((const uint16_t*)header + half * kTile)
@@ -36,8 +35,10 @@ struct Group {
     }
 };
 
-// Adds a row's sums of 32 outputs in a group to its totals; its scale is that of integers.
+// Adds a row's sums of 32 outputs in a group to its totals; its scale is that of integers. Inlined, as all that takes sums
+// here: a call would have them in memory, from the first product on.
 template <bool kHasOffsets>
+[[gnu::always_inline]]
 inline void add_row(const Group& group, const Correction& left, float, float x_sum, const Floats sums[2], float* totals) {
     for (int half = 0; half < 2; ++half) {
         Floats product = sums[half];
@@ -50,6 +51,7 @@ inline void add_row(const Group& group, const Correction& left, float, float x_s
 
 // The same of integers, which started with what their center makes of x.
 template <bool kHasOffsets>
+[[gnu::always_inline]]
 inline void add_row(const Group& group, const Correction&, float x_scale, float x_sum, const Ints sums[2], float* totals) {
     for (int half = 0; half < 2; ++half) {
         Floats scale = mul(group.scales[half], broadcast(x_scale));
@@ -61,6 +63,7 @@ inline void add_row(const Group& group, const Correction&, float x_scale, float 
 
 // Adds the sums of kRows rows from `row` on in group `number` to their totals [kRows, 32].
 template <bool kHasOffsets, int kRows, typename Sum>
+[[gnu::always_inline]]
 inline void add_rows(const PreparedRows& rows, const Group& group, const Correction& left, int64_t number, int64_t row,
                      const Sum (&sums)[kRows][2], float* totals) {
     constexpr bool kIsInt = std::is_same_v<Sum, Ints>;
@@ -75,6 +78,7 @@ inline void add_rows(const PreparedRows& rows, const Group& group, const Correct
 }
 
 template <int kRows, typename Sum>
+[[gnu::always_inline]]
 inline void add_group(const PreparedRows& rows, const Group& group, const Correction& left, int64_t number, int64_t row,
                       bool has_offsets, const Sum (&sums)[kRows][2], float* totals) {
     if (has_offsets) add_rows<true>(rows, group, left, number, row, sums, totals);
