@@ -134,9 +134,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
             InvalidSamplingParams: an unknown name (the nearest known one is named), a wrong type, a
                 value out of range.
         """
-        base = defaults if defaults is not None else cls()
         changes = {name: _coerce(name, value) for name, value in values.items()}
-        return msgspec.structs.replace(base, **changes)
+        return cls(**changes) if defaults is None else msgspec.structs.replace(defaults, **changes)
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from threading import Thread
 from wavetrain_engine.errors import EngineDead
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.generation_config import GenerationConfig
+from wavetrain_engine.ipc.core_client import Sink
 from wavetrain_engine.request import EngineRequest, FinishReason, RequestUpdate
 
 FACTS = EngineFacts(
@@ -43,8 +44,8 @@ class FakeCoreClient:
         self.cancelled: list[str] = []
         self.is_closed = False
         self.holds_s: list[float] = []
-        self._sinks: dict[str, Callable[[RequestUpdate], None]] = {}
-        self._news: Queue[tuple[Callable[[RequestUpdate], None], RequestUpdate] | None] = Queue()
+        self._sinks: dict[str, Sink] = {}
+        self._news: Queue[tuple[Sink, RequestUpdate] | None] = Queue()
         self._thread: Thread | None = None
 
     def start(self, after_news: Callable[[], float | None] = lambda: None) -> EngineFacts:
@@ -52,11 +53,11 @@ class FakeCoreClient:
         self._thread.start()
         return FACTS
 
-    def submit(self, requests: Sequence[EngineRequest], sink: Callable[[RequestUpdate], None]) -> None:
+    def submit(self, requests: Sequence[EngineRequest], make_sink: Callable[[], Sink]) -> None:
         if not self.is_alive:
             raise EngineDead("the engine core is restarting; try again")
+        self._sinks.update(dict.fromkeys((request.request_id for request in requests), make_sink()))
         self.requests += requests
-        self._sinks.update((request.request_id, sink) for request in requests)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

@@ -11,7 +11,7 @@ from fakes import pb_utils
 from wavetrain_engine.request import EngineRequest, FinishReason, RequestUpdate
 from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.serving.engine_writer import EngineWriter
-from wavetrain_engine.serving.live_request import LiveRequest, LiveSequence
+from wavetrain_engine.serving.live_request import Answer, LiveRequest, LiveSequence
 from wavetrain_engine.serving.outbox import Haste, Outbox
 from wavetrain_engine.serving.row_inputs import RowOptions
 from wavetrain_engine.serving.send_pace import SendPace
@@ -66,8 +66,7 @@ class SendingBench:
         live = LiveRequest(
             request_id=name,
             sender=sender,
-            sequences=[sequence],
-            writer=EngineWriter([sequence], [0], None),
+            answer=Answer([sequence], EngineWriter([sequence], [0], None)),
             cancel_in_core=self.cancelled.extend,
             schedule=self._schedule,
             on_end=lambda live: None,

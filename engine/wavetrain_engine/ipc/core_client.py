@@ -152,19 +152,27 @@ class CoreClient:
         """The running core's process id; None while there is none."""
         return self._core_pid
 
-    def submit(self, requests: Sequence[EngineRequest], sink: Sink) -> None:
-        """Hands requests to the core, all of them; `sink` gets their updates from now on.
+    def submit(self, requests: Sequence[EngineRequest], make_sink: Callable[[], Sink]) -> None:
+        """Hands requests to the core, all of them; the sink that is made once it has them gets their updates.
 
         Raises:
-            EngineDead: there is no core right now; none was handed over, the sink is never called.
+            EngineDead: there is no core right now; none was handed over, no sink is made.
+            Exception: what `make_sink` raises; the requests are ended.
         """
-        message_of = {request.request_id: encode(Add(request=request)) for request in requests}
+        request_ids = [request.request_id for request in requests]
+        messages = [encode(Add(request=request)) for request in requests]
         with self._lock:
             if not self._is_ready:
                 raise EngineDead(_RESTARTING if self._load_error is None else _LOST)
-            for request_id, message in message_of.items():
-                self._pending[request_id] = sink
+            for message in messages:
                 self._send(message)
+            try:
+                # The core begins meanwhile, and its news wait for the lock.
+                sink = make_sink()
+            except BaseException:
+                self._send(encode(Cancel(request_ids=request_ids)))
+                raise
+            self._pending.update(dict.fromkeys(request_ids, sink))
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Ends requests; each still gets its last update. Unknown and finished ones are no error."""
@@ -301,8 +309,7 @@ class CoreClient:
     def _handle(self, frame: CoreFrame) -> None:
         match frame:
             case Updates():
-                for update in frame.updates:
-                    self._deliver(update)
+                self._deliver(frame.updates)
             case Ready():
                 with self._lock:
                     self._facts, self._core_pid, self._is_ready = frame.facts, frame.core_pid, True
@@ -316,13 +323,16 @@ class CoreClient:
                 if future is not None:
                     future.set_result(frame.stats)
 
-    def _deliver(self, update: RequestUpdate) -> None:
-        if update.finish_reason is not None:
-            sink = self._pending.pop(update.request_id, None)
-        else:
-            sink = self._pending.get(update.request_id)
-        if sink is not None:
-            sink(update)
+    def _deliver(self, updates: Sequence[RequestUpdate]) -> None:
+        with self._lock:
+            sinks = [self._sink_of(update) for update in updates]
+        for sink, update in zip(sinks, updates, strict=True):
+            if sink is not None:
+                sink(update)
+
+    def _sink_of(self, update: RequestUpdate) -> Sink | None:
+        is_last = update.finish_reason is not None
+        return self._pending.pop(update.request_id, None) if is_last else self._pending.get(update.request_id)
 
     def _after_core(self, watch: ProcessWatch, started_s: float) -> None:
         """Ends what was pending with the core that is gone, and waits before the next one."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
 from wavetrain_engine.errors import RequestError
 from wavetrain_engine.facts import EngineFacts
+from wavetrain_engine.request import EngineRequest
 from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.serving.contracts import DETOKENIZER_SPAN, ENGINE, NEVER_MAPPED_OUTPUT
 from wavetrain_engine.serving.engine_metrics import EngineMetrics
 from wavetrain_engine.serving.engine_writer import EngineWriter
 from wavetrain_engine.serving.generating_model import GeneratingModel
 from wavetrain_engine.serving.generation import Generation
-from wavetrain_engine.serving.live_request import LiveSequence
+from wavetrain_engine.serving.live_request import Answer, LiveSequence, live_sequences
 from wavetrain_engine.serving.model_files import ModelFiles
 from wavetrain_engine.serving.request_parameters import RequestParameters
 from wavetrain_engine.serving.row_inputs import (
@@ -35,6 +37,20 @@ from wavetrain_engine.serving.tensors import RequestTensors
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _BegunRow:
+    """A row of a batch, and what it comes to in the core."""
+
+    inputs: RowInputs
+    core_requests: list[EngineRequest]
+    tokenizer: Tokenizer | None
+
+    def sequences(self) -> list[LiveSequence]:
+        return live_sequences(
+            self.core_requests, row=self.inputs.row, options=self.inputs.options, tokenizer=self.tokenizer
+        )
 
 
 class EngineServer(GeneratingModel):
@@ -69,21 +85,24 @@ class EngineServer(GeneratingModel):
         parameters = RequestParameters.read(request)
         parameters.refuse_others()
         has_detokenizer = self._is_from_ensemble(request)
-        sequences: list[LiveSequence] = []
+        pad_ids = [_pad_id(tensors, row.row, self._facts.vocab_size) for row in rows]
+        begun: list[_BegunRow] = []
         for inputs in rows:
             params = self._sampling_params(tensors, inputs)
-            needs_text = has_detokenizer or params.stop
-            sequences += generation.sequences(
-                row=inputs.row,
+            tokenizer = self._tokenizer if has_detokenizer or params.stop else None
+            core_requests = generation.core_requests(
                 prompt_token_ids=_prompt_token_ids(tensors, inputs.row),
                 params=params,
                 parameters=parameters,
-                options=inputs.options,
-                tokenizer=self._tokenizer if needs_text else None,
+                tokenizer=tokenizer,
             )
-        pad_ids = [_pad_id(tensors, row.row, self._facts.vocab_size) for row in rows]
-        writer = EngineWriter(sequences, pad_ids, self._tokenizer if has_detokenizer else None)
-        generation.run(request, sequences, writer)
+            begun.append(_BegunRow(inputs, core_requests, tokenizer))
+
+        def make_answer() -> Answer:
+            sequences = [sequence for row in begun for sequence in row.sequences()]
+            return Answer(sequences, EngineWriter(sequences, pad_ids, self._tokenizer if has_detokenizer else None))
+
+        generation.run(request, [item for row in begun for item in row.core_requests], make_answer)
 
     def _is_from_ensemble(self, request: Any) -> bool:
         # A client that names no outputs asks for all, the detokenizer's inputs too, which are of no use to it.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
@@ -14,16 +14,14 @@ import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingI
 from wavetrain_engine.errors import EngineDead, RequestError
 from wavetrain_engine.facts import EngineFacts
 from wavetrain_engine.fan_out import child_requests, resolve_params
-from wavetrain_engine.ipc.core_client import CoreClient
+from wavetrain_engine.ipc.core_client import CoreClient, Sink
 from wavetrain_engine.request import EngineRequest
 from wavetrain_engine.sampling_params import SamplingParams
 from wavetrain_engine.serving.cancellation import LiveRequests
-from wavetrain_engine.serving.live_request import LiveRequest, LiveSequence, ResponseWriter
+from wavetrain_engine.serving.live_request import Answer, LiveRequest
 from wavetrain_engine.serving.request_parameters import RequestParameters
-from wavetrain_engine.serving.row_inputs import RowOptions
 from wavetrain_engine.serving.sender import Sender
 from wavetrain_engine.stats import EngineStats
-from wavetrain_engine.text.text_stream import TextStream
 from wavetrain_engine.text.tokenizer import Tokenizer
 
 _FINALIZE_TIMEOUT_S = 8.0
@@ -64,18 +62,15 @@ class Generation:
         """Asks the core for its counters. Raises what CoreClient.read_stats raises."""
         return self._client.read_stats()
 
-    def sequences(
+    def core_requests(
         self,
         *,
-        row: int,
         prompt_token_ids: list[int],
         params: SamplingParams,
         parameters: RequestParameters,
-        options: RowOptions,
         tokenizer: Tokenizer | None,
-        prompt_text: str = "",
-    ) -> list[LiveSequence]:
-        """Makes the sequences of one row, `params.n` of them.
+    ) -> list[EngineRequest]:
+        """Makes what the core has to run for one row, `params.n` requests.
 
         Raises:
             InvalidSamplingParams: stop strings or bad words where there is no text.
@@ -90,42 +85,33 @@ class Generation:
             arrival_time_ns=time.time_ns(),
             traceparent=parameters.traceparent,
         )
-        return [
-            LiveSequence(
-                request=child,
-                options=options,
-                row=row,
-                sequence_index=index,
-                text_stream=TextStream(tokenizer, child.sampling_params, prompt_token_ids),
-                prompt_text=prompt_text,
-            )
-            for index, child in enumerate(child_requests(request))
-        ]
+        return child_requests(request)
 
-    def run(self, request: Any, sequences: Sequence[LiveSequence], writer: ResponseWriter) -> None:
-        """Hands a Triton request's sequences to the core; responses follow, an error where there is no core.
+    def run(self, request: Any, core_requests: Sequence[EngineRequest], make_answer: Callable[[], Answer]) -> None:
+        """Hands what a Triton request comes to over to the core, and makes what answers it; responses follow.
 
         Raises:
-            EngineDead: the model has not been started.
+            EngineDead: there is no core right now, or the model has not been started.
         """
         if self._sender is None or self._live is None:
             raise EngineDead("the model has not been started")
-        live = LiveRequest(
-            request_id=request.request_id(),
-            sender=request.get_response_sender(),
-            sequences=sequences,
-            writer=writer,
-            cancel_in_core=self._client.cancel,
-            schedule=self._sender.schedule,
-            on_end=self._live.remove,
-            stream_interval=self._stream_interval,
-        )
-        self._live.add(live)
-        try:
-            self._client.submit([sequence.request for sequence in sequences], live.push)
-        except EngineDead as error:
-            live.fail(error.code, str(error))
-        self._live.watch()
+        schedule, live_requests = self._sender.schedule, self._live
+
+        def make_sink() -> Sink:
+            live = LiveRequest(
+                request_id=request.request_id(),
+                sender=request.get_response_sender(),
+                answer=make_answer(),
+                cancel_in_core=self._client.cancel,
+                schedule=schedule,
+                on_end=live_requests.remove,
+                stream_interval=self._stream_interval,
+            )
+            live_requests.add(live)
+            return live.push
+
+        self._client.submit(core_requests, make_sink)
+        live_requests.watch()
 
     def stop(self, request: Any) -> None:
         """Carries out `stop=true`: ends the requests of this id, and answers with an empty last response.

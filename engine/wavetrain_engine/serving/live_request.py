@@ -34,6 +34,7 @@ from wavetrain_engine.serving.error_codes import triton_error
 from wavetrain_engine.serving.outbox import Haste
 from wavetrain_engine.serving.row_inputs import RowOptions
 from wavetrain_engine.text.text_stream import TextDelta, TextStream
+from wavetrain_engine.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,12 +117,42 @@ class LiveSequence:
             unsent.stop_reason = delta.stop_reason
 
 
+def live_sequences(
+    core_requests: Sequence[EngineRequest],
+    *,
+    row: int,
+    options: RowOptions,
+    tokenizer: Tokenizer | None,
+    prompt_text: str = "",
+) -> list[LiveSequence]:
+    """Makes what follows the core requests of one row; without a tokenizer there is no text."""
+    return [
+        LiveSequence(
+            request=request,
+            options=options,
+            row=row,
+            sequence_index=index,
+            text_stream=TextStream(tokenizer, request.sampling_params, request.prompt_token_ids),
+            prompt_text=prompt_text,
+        )
+        for index, request in enumerate(core_requests)
+    ]
+
+
 class ResponseWriter(Protocol):
     """Makes a model's responses."""
 
     def write(self, sequences: Sequence[LiveSequence]) -> list[list[Any]]:
         """Takes what is ready to be sent from the sequences; returns each response's output tensors."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a Triton request is answered from, and by what."""
+
+    sequences: Sequence[LiveSequence]
+    writer: ResponseWriter
 
 
 class LiveRequest:
@@ -132,8 +163,7 @@ class LiveRequest:
         *,
         request_id: str,
         sender: Any,
-        sequences: Sequence[LiveSequence],
-        writer: ResponseWriter,
+        answer: Answer,
         cancel_in_core: Callable[[Sequence[str]], None],
         schedule: Callable[[LiveRequest, Haste], None],
         on_end: Callable[[LiveRequest], None],
@@ -148,9 +178,9 @@ class LiveRequest:
             stream_interval: tokens per streamed response at least; None: as many as the pace of sending makes them.
         """
         self.request_id = request_id
-        self.sequences = sequences
+        self.sequences = sequences = answer.sequences
         self._sender = sender
-        self._writer = writer
+        self._writer = answer.writer
         self._cancel_in_core = cancel_in_core
         self._schedule = schedule
         self._on_end = on_end

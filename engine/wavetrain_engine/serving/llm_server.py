@@ -14,6 +14,7 @@ from wavetrain_engine.sampling_params import SamplingParams, parse_json_object
 from wavetrain_engine.serving.contracts import LLM
 from wavetrain_engine.serving.generating_model import GeneratingModel
 from wavetrain_engine.serving.generation import Generation
+from wavetrain_engine.serving.live_request import Answer, live_sequences
 from wavetrain_engine.serving.llm_prompt import MESSAGES_INPUT, TEMPLATE_TIMEOUT_S, LlmPrompts
 from wavetrain_engine.serving.llm_writer import LlmWriter
 from wavetrain_engine.serving.model_files import ModelFiles
@@ -81,16 +82,18 @@ class LlmServer(GeneratingModel):
         parameters = RequestParameters.read(request)
         is_legacy = _LEGACY_MARK in inputs.sampling
         params = self._sampling_params(tensors, inputs, parameters, is_legacy=is_legacy)
-        sequences = generation.sequences(
-            row=0,
-            prompt_token_ids=prompt.token_ids,
-            params=params,
-            parameters=parameters,
-            options=inputs.options,
-            tokenizer=self._tokenizer,
-            prompt_text=self._prompts.text_of(prompt) if _includes_prompt(inputs, is_legacy=is_legacy) else "",
+        prompt_text = self._prompts.text_of(prompt) if _includes_prompt(inputs, is_legacy=is_legacy) else ""
+        core_requests = generation.core_requests(
+            prompt_token_ids=prompt.token_ids, params=params, parameters=parameters, tokenizer=self._tokenizer
         )
-        generation.run(request, sequences, LlmWriter(self._tokenizer, is_legacy=is_legacy))
+
+        def make_answer() -> Answer:
+            sequences = live_sequences(
+                core_requests, row=0, options=inputs.options, tokenizer=self._tokenizer, prompt_text=prompt_text
+            )
+            return Answer(sequences, LlmWriter(self._tokenizer, is_legacy=is_legacy))
+
+        generation.run(request, core_requests, make_answer)
 
     def _sampling_params(
         self, tensors: RequestTensors, inputs: RowInputs, parameters: RequestParameters, *, is_legacy: bool

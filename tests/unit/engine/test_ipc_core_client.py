@@ -19,7 +19,7 @@ import pytest
 from fakes.core_process import COMMAND
 from fakes.executor import sequential_output
 from wavetrain_engine.errors import CheckpointError, EngineDead, ErrorCode
-from wavetrain_engine.ipc.core_client import CoreClient
+from wavetrain_engine.ipc.core_client import CoreClient, Sink
 from wavetrain_engine.ipc.core_stats import main as print_stats
 from wavetrain_engine.ipc.core_stats import read_stats
 from wavetrain_engine.ipc.core_watchdog import CoreWatchdog
@@ -80,6 +80,11 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+def to(sink: Sink) -> Callable[[], Sink]:
+    """Has `submit` give the news to this sink."""
+    return lambda: sink
+
+
 def runtime_dir_of(client: CoreClient) -> RuntimeDir:
     return client._runtime_dir
 
@@ -89,7 +94,7 @@ def test_requests_get_their_own_updates(connect: Connect) -> None:
     facts = client.start()
     queues: dict[str, Queue[RequestUpdate]] = {f"r{index}": Queue() for index in range(20)}
     for request_id, queue in queues.items():
-        client.submit([request(request_id)], queue.put)
+        client.submit([request(request_id)], to(queue.put))
     params = request("x").sampling_params
     expected, _ = sequential_output(
         PROMPT, params, vocab_size=facts.vocab_size, max_model_len=facts.max_model_len, eos=()
@@ -106,9 +111,38 @@ def test_refused_request_ends_with_its_error(connect: Connect) -> None:
     client.start()
     updates: Queue[RequestUpdate] = Queue()
     bad = EngineRequest(request_id="bad", prompt_token_ids=[10**6], sampling_params=SamplingParams())
-    client.submit([bad], updates.put)
+    client.submit([bad], to(updates.put))
     _, last = collect(updates)
     assert last.error_code is ErrorCode.INVALID
+
+
+def test_news_wait_for_a_sink_that_is_still_made(connect: Connect) -> None:
+    client, other = connect(), connect()
+    client.start()
+    other.start()
+    updates: Queue[RequestUpdate] = Queue()
+
+    def make_sink() -> Sink:
+        wait_for(lambda: other.read_stats().num_requests_finished.get(FinishReason.LENGTH) == 1)
+        return updates.put
+
+    client.submit([request("r")], make_sink)
+    assert len(collect(updates)[0]) == 8
+
+
+def test_requests_end_where_no_sink_can_be_made(connect: Connect) -> None:
+    client = connect()
+    client.start()
+
+    def make_sink() -> Sink:
+        raise ValueError("no sink")
+
+    with pytest.raises(ValueError, match="no sink"):
+        client.submit([request("r", 4000)], make_sink)
+    wait_for(lambda: client.read_stats().num_running == 0)
+    updates: Queue[RequestUpdate] = Queue()
+    client.submit([request("again")], to(updates.put))
+    assert len(collect(updates)[0]) == 8
 
 
 def test_second_client_attaches_to_the_same_core_and_the_last_ends_it(connect: Connect) -> None:
@@ -121,7 +155,7 @@ def test_second_client_attaches_to_the_same_core_and_the_last_ends_it(connect: C
     first.close()
     assert start_ticks(core_pid) is not None
     updates: Queue[RequestUpdate] = Queue()
-    second.submit([request("r")], updates.put)
+    second.submit([request("r")], to(updates.put))
     assert len(collect(updates)[0]) == 8
     second.close()
     assert start_ticks(core_pid) is None
@@ -132,7 +166,7 @@ def test_cancel_ends_with_one_update(connect: Connect) -> None:
     client = connect()
     client.start()
     updates: Queue[RequestUpdate] = Queue()
-    client.submit([request("r", 4000)], updates.put)
+    client.submit([request("r", 4000)], to(updates.put))
     updates.get(timeout=10)
     client.cancel(["r", "unknown"])
     _, last = collect(updates)
@@ -144,7 +178,7 @@ def test_killed_core_ends_requests_at_once_and_is_restarted(connect: Connect) ->
     client = connect()
     client.start()
     updates: Queue[RequestUpdate] = Queue()
-    client.submit([request("r", 4000)], updates.put)
+    client.submit([request("r", 4000)], to(updates.put))
     updates.get(timeout=10)
     core_pid = client.core_pid
     assert core_pid is not None
@@ -152,7 +186,7 @@ def test_killed_core_ends_requests_at_once_and_is_restarted(connect: Connect) ->
     _, last = collect(updates)
     assert (last.error_code, last.finish_reason) == (ErrorCode.DEAD, FinishReason.ERROR)
     wait_for(lambda: client.is_alive and client.core_pid != core_pid)
-    client.submit([request("again")], updates.put)
+    client.submit([request("again")], to(updates.put))
     assert len(collect(updates)[0]) == 8
     assert updates.empty()
 
@@ -168,7 +202,7 @@ def test_core_that_hangs_is_killed_and_restarted(connect: Connect, is_busy: bool
     assert core_pid is not None
     if is_busy:
         for index, client in enumerate((watched, other)):
-            client.submit([request(f"r{index}", 4000)], running.put)
+            client.submit([request(f"r{index}", 4000)], to(running.put))
             running.get(timeout=10)
     os.kill(core_pid, signal.SIGSTOP)
     if is_busy:
@@ -180,7 +214,7 @@ def test_core_that_hangs_is_killed_and_restarted(connect: Connect, is_busy: bool
     for client in (watched, other):
         wait_for(lambda client=client: client.is_alive and client.core_pid != core_pid)
     assert start_ticks(core_pid) is None
-    watched.submit([request("again")], updates.put)
+    watched.submit([request("again")], to(updates.put))
     assert len(collect(updates)[0]) == 8
 
 
@@ -190,7 +224,7 @@ def test_core_that_loads_for_long_does_not_hang(connect: Connect) -> None:
     core_pid = client.core_pid
     assert client._num_crashes == 0
     updates: Queue[RequestUpdate] = Queue()
-    client.submit([request("r", 1000)], updates.put)  # longer than a step may take, in many steps
+    client.submit([request("r", 1000)], to(updates.put))  # longer than a step may take, in many steps
     assert len(collect(updates)[0]) == 1000
     assert client.core_pid == core_pid
 
@@ -246,7 +280,7 @@ class TestWatchdog:
 def test_submit_while_there_is_no_core_is_refused_at_once(connect: Connect) -> None:
     client = connect()
     with pytest.raises(EngineDead, match="try again"):
-        client.submit([request("r")], print)
+        client.submit([request("r")], to(print))
 
 
 def test_broken_checkpoint_reaches_start(connect: Connect) -> None:
@@ -271,14 +305,14 @@ def test_drain_refuses_new_requests_and_lets_running_ones_end(connect: Connect) 
     client.start()
     running: Queue[RequestUpdate] = Queue()
     refused: Queue[RequestUpdate] = Queue()
-    client.submit([request("running", 200)], running.put)
+    client.submit([request("running", 200)], to(running.put))
     running.get(timeout=10)
     core_pid = client.core_pid
     assert core_pid is not None
     drain = DrainClient(runtime_dir_of(client).socket_path(core_pid), core_pid)
     try:
         wait_for(lambda: not drain.is_idle())
-        client.submit([request("late")], refused.put)
+        client.submit([request("late")], to(refused.put))
         assert collect(refused)[1].error_code is ErrorCode.BUSY
         assert collect(running)[1].finish_reason is FinishReason.LENGTH
         wait_for(drain.is_idle)
@@ -290,7 +324,7 @@ def test_sigterm_cancels_what_runs(connect: Connect) -> None:
     client = connect()
     client.start()
     updates: Queue[RequestUpdate] = Queue()
-    client.submit([request("r", 4000)], updates.put)
+    client.submit([request("r", 4000)], to(updates.put))
     updates.get(timeout=10)
     assert client.core_pid is not None
     os.kill(client.core_pid, signal.SIGTERM)
@@ -311,7 +345,7 @@ def test_dead_client_has_its_requests_cancelled(connect: Connect, base: Path, tm
         "client.start()\n"
         "params = SamplingParams(max_tokens=4000, ignore_eos=True)\n"
         "request = EngineRequest(request_id='other', prompt_token_ids=[1], sampling_params=params)\n"
-        "client.submit([request], lambda update: print('update', flush=True))\n"
+        "client.submit([request], lambda: lambda update: print('update', flush=True))\n"
         "input()\n"
     )
     arguments = [str(tmp_path / "echo.toml"), str(runtime_dir_of(client).path), str(os.getpid())]
